@@ -1,0 +1,109 @@
+"""
+Settings: the bare globals at the top of a script, overridden in order by config files and --key=value.
+
+    config = configure(globals())
+
+A config file is Python, run on a scratch copy of the settings, so it may compute, import and call; imports, functions and
+_names in it are not settings. Only names that the script has can be set, and the type must stay the same (an int will do
+for a float). Config files are code: run only your own.
+"""
+import ast
+import difflib
+import os
+import re
+import sys
+from pathlib import Path
+from types import FunctionType, ModuleType
+
+TYPES = (bool, int, float, str, tuple, list, dict, type(None))
+
+
+def configure(namespace, argv=None):
+    """Override the settings in `namespace` (a script's globals()) from the command line; returns them as a dict.
+
+    argv: config files (*.py) and --key=value, later ones win; sys.argv[1:] by default. --help prints the settings and exits.
+    Raises SystemExit with one line, `configs/a1.py:2: no setting is called ...`, for a wrong name, type or file.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    settings = {k: v for k, v in namespace.items() if not k.startswith('_') and isinstance(v, TYPES)}
+    defaults, origin = dict(settings), {}
+    if {'--help', '-h'} & set(argv):
+        print_help(namespace, settings)
+        raise SystemExit(0)
+    for arg in argv:
+        if arg.endswith('.py') and not arg.startswith('--'):
+            new, lines = run_config(arg, settings)
+            where = {key: f'{arg}:{lines.get(key, 1)}' for key in new}
+        elif match := re.fullmatch(r'--([A-Za-z]\w*)=(.*)', arg, re.DOTALL):
+            key, new = match[1], {match[1]: parse(match[2], settings.get(match[1]))}
+            where = {key: f'--{key}'}
+        else:
+            raise SystemExit(f'{arg}: found neither a config file (*.py) nor --key=value; see --help')
+        for key, value in new.items():
+            settings[key] = checked(key, value, settings, where[key])
+            origin[key] = where[key]
+    namespace.update(settings)
+    for key in origin:
+        if settings[key] != defaults[key] and os.environ.get('RANK', '0') == '0':
+            print(f'{key} = {settings[key]!r:<24} # {origin[key]}, default {defaults[key]!r}')
+    return settings
+
+
+def run_config(path, settings):
+    """Names that a config file sets, with their values, and the line of each one's last assignment."""
+    try:
+        source = Path(path).read_text()
+    except OSError as e:
+        raise SystemExit(f'{path}: cannot read this config file ({e.strerror}); is the path right?')
+    try:
+        tree = ast.parse(source, path)
+    except SyntaxError as e:
+        raise SystemExit(f'{path}:{e.lineno}: not valid Python: {e.msg}')
+    lines = {n.id: n.lineno for n in ast.walk(tree) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+    imported = {(a.asname or a.name).split('.')[0] for n in ast.walk(tree)
+                if isinstance(n, (ast.Import, ast.ImportFrom)) for a in n.names}
+    scratch = dict(settings, __file__=path, __name__='config')
+    sys.path.insert(0, str(Path(__file__).resolve().parent))   # `from make_small import ensure` works from any folder
+    try:
+        exec(compile(tree, path, 'exec'), scratch)
+    finally:
+        sys.path.pop(0)
+    new = {k: v for k, v in scratch.items() if not k.startswith('_') and k not in imported
+           and not isinstance(v, (ModuleType, FunctionType, type)) and (k in lines)}
+    return new, lines
+
+
+def parse(text, current):
+    """The value of --key=text: a Python literal, or the text itself where the setting is a string."""
+    if isinstance(current, str):
+        return text
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+def checked(key, value, settings, where):
+    if key not in settings:
+        near = difflib.get_close_matches(key, settings, 1)
+        raise SystemExit(f"{where}: no setting is called {key!r}" + (f", did you mean {near[0]!r}?" if near else '; see --help'))
+    wanted = type(settings[key])
+    if wanted is float and type(value) is int:
+        return float(value)
+    if wanted is tuple and type(value) is list:
+        return tuple(value)
+    if type(value) is not wanted:
+        raise SystemExit(f'{where}: {key} = {value!r} is {type(value).__name__}, wanted {wanted.__name__} '
+                         f'like {settings[key]!r}')
+    return value
+
+
+def print_help(namespace, settings):
+    """The docstring, then each setting as its line in the source says it, comment and all."""
+    print((namespace.get('__doc__') or '').strip() + '\n\nsettings:')
+    for line in Path(namespace['__file__']).read_text().splitlines():
+        match = re.match(r'([A-Za-z]\w*) = ', line)
+        if match and match[1] in settings:
+            print('  ' + line)
+        if re.search(r'\bconfigure\(globals\(\)\)', line):
+            break

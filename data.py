@@ -1,0 +1,442 @@
+"""
+Data: readers, splits, batches. A batch is a pure function of (settings, step): no state to save, any number of ranks.
+
+Letters: B rows, T tokens of all rows together, L tokens of the longest row, M labels.
+"""
+import hashlib
+import json
+import textwrap
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFile, ImageOps, UnidentifiedImageError
+
+from common import write_atomic
+
+MAX_PIXELS = 64_000_000                                # about 8,000 x 8,000; PIL's own limit only warns below twice 89 M
+ImageFile.LOAD_TRUNCATED_IMAGES = False
+
+# -----------------------------------------------------------------------------
+# images
+
+
+class BadSample(SystemExit):
+    """A sample that cannot be used: one line that names the file and says what is wrong with it. Uncaught, it ends the run
+    with that line."""
+
+
+def read_image(path, size, resample=3):
+    """Picture file -> uint8 (3, size, size), RGB, upright, resized as the tower's processor does.
+
+    EXIF rotation is applied; transparency is laid on white; palettes and 16-bit gray are converted. The file is decoded to
+    its end, so a truncated one is noticed. Raises BadSample with one line.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore', Image.DecompressionBombWarning)
+            with Image.open(path) as image:
+                if image.width * image.height > MAX_PIXELS:
+                    raise BadSample(f'{path}: {image.width} x {image.height} pixels, wanted at most {MAX_PIXELS:,}')
+                image.load()
+                image = ImageOps.exif_transpose(image)
+                if image.mode.startswith('I') or image.mode == 'F':   # 16-bit gray: PIL's own convert would clip at 255
+                    gray = np.asarray(image).astype(np.float64)
+                    image = Image.fromarray((gray / 257 if image.mode.startswith('I;16') or gray.max() > 255 else gray).clip(0, 255).round().astype(np.uint8))
+                if image.mode in ('RGBA', 'LA', 'PA') or 'transparency' in image.info:
+                    image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image.convert('RGBA'))
+                image = image.convert('RGB')
+                if image.size != (size, size):
+                    image = image.resize((size, size), Image.Resampling(resample))
+    except Image.DecompressionBombError as e:
+        raise BadSample(f'{path}: {e}')
+    except FileNotFoundError:
+        raise BadSample(f'{path}: no such image')
+    except (OSError, UnidentifiedImageError, SyntaxError, ValueError, EOFError) as e:
+        raise BadSample(f'{path}: not a whole image ({e})')
+    return np.asarray(image).transpose(2, 0, 1).copy()
+
+
+def image_reader(read, cache=None):
+    """row -> array: uint8 pixels by read(path), or features from a cache, {path: array}."""
+    def get_image(row):
+        if cache is None:
+            return read(row.item.image)
+        if row.item.image not in cache:
+            raise BadSample(f'{row.item.image}: no such image')
+        return cache[row.item.image]
+    return get_image
+
+
+def contact_sheet(path, images, captions, columns=8, side=160, lines=6):
+    """One PNG of all pictures with their captions below."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    height = side + 12 * lines + 6
+    sheet = Image.new('RGB', (columns * (side + 8), -(-len(images) // columns) * height), 'white')
+    pen = ImageDraw.Draw(sheet)
+    for n, (image, text) in enumerate(zip(images, captions)):
+        x, y = n % columns * (side + 8) + 4, n // columns * height + 4
+        with Image.open(image) as picture:
+            sheet.paste(picture.convert('RGB').resize((side, side)), (x, y))
+        pen.text((x, y + side + 2), '\n'.join(textwrap.wrap(text, side // 6)[:lines]), fill='black')
+    sheet.save(path)
+
+
+# -----------------------------------------------------------------------------
+# readers
+
+
+@dataclass(frozen=True)
+class Item:
+    """One sample: an image path (or None) and its turns, [(what is asked, what is answered)]; a caption is asked nothing."""
+    id: str
+    image: str | None
+    turns: tuple
+
+
+def strict_json(path):
+    """json.load that refuses NaN, Infinity and duplicate keys, with one line naming the file."""
+    def constant(name):
+        raise ValueError(f'{name} is not JSON')
+
+    def pairs(items):
+        keys = [k for k, _ in items]
+        if len(set(keys)) < len(keys):
+            raise ValueError(f'key {max(keys, key=keys.count)!r} stands twice in one object')
+        return dict(items)
+    try:
+        with open(path) as f:
+            return json.load(f, parse_constant=constant, object_pairs_hook=pairs)
+    except OSError as e:
+        raise SystemExit(f'{path}: cannot read the data set ({e.strerror}); set data_json to a LLaVA JSON file')
+    except ValueError as e:
+        raise SystemExit(f'{path}: not valid JSON: {e}')
+
+
+def inside(root, name, where):
+    """root / name as a path that stays inside root; else BadSample."""
+    if not isinstance(name, str) or not name:
+        raise BadSample(f'{where}: image is {name!r}, wanted a path relative to the image root')
+    if '://' in name or Path(name).is_absolute() or '..' in Path(name).parts:
+        raise BadSample(f'{where}: image {name!r} leaves the image root, wanted a relative path without ..')
+    path = Path(root) / name
+    if not path.resolve().is_relative_to(Path(root).resolve()):
+        raise BadSample(f'{where}: image {name!r} is a link out of the image root')
+    return str(path)
+
+
+def read_llava(path, image_root, ledger, captions=False):
+    """LLaVA JSON -> [Item]. captions: the human turn of LLaVA-Pretrain is a prompt that is not used.
+
+    [{"id", "image"?, "conversations": [{"from": "human", "value": "<image>\\n..."}, {"from": "gpt", "value": "..."}, ...]}]
+    What is wrong with one sample goes to the ledger, which says when it is too much.
+    """
+    records = strict_json(path)
+    if not isinstance(records, list):
+        raise SystemExit(f'{path}: found a JSON {type(records).__name__}, wanted a list of samples')
+    items, seen = [], set()
+    for n, record in enumerate(records):
+        where = f'{path}, sample {n}'
+        try:
+            if not isinstance(record, dict) or 'id' not in record:
+                raise BadSample(f'{where}: no "id"')
+            where += f' (id {record["id"]})'
+            if str(record['id']) in seen:
+                raise BadSample(f'{where}: this id stands twice')
+            seen.add(str(record['id']))
+            image = inside(image_root, record['image'], where) if record.get('image') is not None else None
+            turns = read_turns(record.get('conversations'), image, where)
+            if captions:
+                if image is None:
+                    raise BadSample(f'{where}: a caption without an image')
+                turns = (('', turns[0][1]),)
+            items.append(Item(str(record['id']), image, turns))
+        except BadSample as e:
+            ledger.add(str(record.get('id', n)) if isinstance(record, dict) else str(n), e)
+    if not items:
+        raise SystemExit(f'{path}: no usable sample in it')
+    return items
+
+
+def read_turns(turns, image, where):
+    if not isinstance(turns, list) or len(turns) < 2 or len(turns) % 2:
+        raise BadSample(f'{where}: conversations is not a list of human and gpt turns in pairs')
+    pairs, marks = [], 0
+    for ask, answer in zip(turns[::2], turns[1::2]):
+        if not all(isinstance(t, dict) and isinstance(t.get('value'), str) for t in (ask, answer)) \
+                or (ask.get('from'), answer.get('from')) != ('human', 'gpt'):
+            raise BadSample(f'{where}: turns must alternate human and gpt, each with a "value"')
+        if not answer['value'].strip():
+            raise BadSample(f'{where}: an empty answer')
+        marks += ask['value'].count('<image>')
+        pairs.append((ask['value'].replace('<image>', '').strip(), answer['value'].strip()))
+    if marks != (image is not None):
+        raise BadSample(f'{where}: {marks} <image> marks for {int(image is not None)} images, wanted one each')
+    return tuple(pairs)
+
+
+class Ledger:
+    """Samples that were left out, and why: bad_samples.jsonl. More than max_bad_samples of them is an error."""
+    def __init__(self, path, max_bad_samples, active=True):
+        self.path, self.limit, self.active, self.ids = Path(path), max_bad_samples, active, set()
+
+    def add(self, id, reason):
+        if id in self.ids:
+            return
+        self.ids.add(id)
+        if len(self.ids) > self.limit:
+            raise SystemExit(f'{reason}; mend or remove it, or set max_bad_samples above {self.limit} to skip such samples')
+        if self.active:
+            with open(self.path, 'a') as f:
+                f.write(json.dumps({'id': id, 'reason': str(reason)}) + '\n')
+
+
+# -----------------------------------------------------------------------------
+# rows: ids and labels, assembled turn by turn
+
+
+@dataclass(frozen=True)
+class Row:
+    """One sample as ids. labelled: places whose id is a label (predicted from the place before). image_at: first pad, or -1."""
+    item: Item
+    ids: np.ndarray                    # int32
+    labelled: np.ndarray               # int32
+    image_at: int
+    truncated: bool
+
+    def __len__(self):
+        return len(self.ids)
+
+
+class Template:
+    """How a sample becomes ids. The markers are looked up once; text is encoded so that markers typed in it stay plain text."""
+    def __init__(self, tokenizer, num_image_tokens, max_seq_len):
+        self.tokenizer, self.n, self.max_seq_len = tokenizer, num_image_tokens, max_seq_len
+        names = ('<|vision_start|>', '<|vision_end|>', '<|image_pad|>', '<|im_start|>', '<|im_end|>')
+        ids = dict(zip(names, tokenizer.convert_tokens_to_ids(names)))
+        missing = [n for n, i in ids.items() if i is None or i == tokenizer.unk_token_id]
+        if missing:
+            raise SystemExit(f'the tokenizer has no {missing[0]}: wanted a Qwen3 tokenizer')
+        self.start, self.end = ids['<|im_start|>'], ids['<|im_end|>']
+        self.image_block = [ids['<|vision_start|>'], *[ids['<|image_pad|>']] * self.n, ids['<|vision_end|>']]
+        if max_seq_len < len(self.image_block) + 8:
+            raise SystemExit(f'max_seq_len = {max_seq_len} leaves no room for text after {self.n} image tokens')
+
+    def encode(self, text):
+        return self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+
+    def cut(self, item, ids, labelled, image_at):
+        """Cut to max_seq_len at the end; the image block stands at the start of a row and is never cut."""
+        n, labelled = self.max_seq_len, np.array(labelled, np.int32)
+        return Row(item, np.array(ids[:n], np.int32), labelled[labelled < n], image_at, len(ids) > n)
+
+    def caption(self, item):
+        """image block, newline, caption, end token; labels: the caption and its end."""
+        ids = [*self.image_block, *self.encode('\n')]
+        first = len(ids)
+        ids += [*self.encode(item.turns[-1][1]), self.end]
+        return self.cut(item, ids, range(first, len(ids)), 1)
+
+    def chat(self, item):
+        """ChatML without a system turn, the image block at the start of the first user turn; labels: answers and their ends."""
+        ids, labelled, image_at = [], [], -1
+        newline = self.encode('\n')
+        for n, (ask, answer) in enumerate(item.turns):
+            ids += [self.start, *self.encode('user\n')]
+            if n == 0 and item.image is not None:
+                image_at = len(ids) + 1
+                ids += [*self.image_block, *newline]
+            ids += [*self.encode(ask), self.end, *newline, self.start, *self.encode('assistant\n')]
+            if answer is None:                         # the open turn of a prompt
+                break
+            first = len(ids)
+            ids += [*self.encode(answer), self.end]
+            labelled += range(first, len(ids))
+            ids += newline
+        return self.cut(item, ids, labelled, image_at)
+
+
+# -----------------------------------------------------------------------------
+# splits
+
+
+def media_key(item):
+    """What a split is decided by: the image file (its bytes), never the caption; the text for a sample without one."""
+    if item.image is None:
+        return hashlib.sha256(repr(item.turns).encode()).hexdigest()
+    try:
+        return hashlib.sha256(Path(item.image).read_bytes()).hexdigest()
+    except OSError as e:
+        raise BadSample(f'{item.image}: cannot read this image ({e.strerror})')
+
+
+def bucket_of(n_labels, edges):
+    """0 short, 1 medium, 2 long; edges: the most labels of a short and of a medium sample."""
+    return sum(n_labels > edge for edge in edges)
+
+
+def split_rows(rows, n_eval, n_golden, edges, path, ledger, read):
+    """(train, eval, golden) rows. eval and golden are balanced over the three length buckets and share no media with each
+    other or with train. Written to `path` the first time, with every id held out of training, and read from it afterwards.
+    read(path) decodes an image: a held-out one has to be whole."""
+    path, by_id = Path(path), {row.item.id: row for row in rows}
+    if path.exists():
+        chosen = json.loads(path.read_text())
+        gone = [i for name in ('eval', 'golden') for i in chosen[name] if i not in by_id]
+        if gone:
+            raise SystemExit(f'{path} names {gone[0]!r}, which the data set no longer has: remove the file to choose anew')
+    else:
+        keys = {}
+        for row in rows:
+            try:
+                keys[row.item.id] = media_key(row.item)
+            except BadSample as e:
+                ledger.add(row.item.id, e)
+
+        def whole(row):
+            try:
+                return row.item.image is None or read(row.item.image) is not None
+            except BadSample as e:
+                ledger.add(row.item.id, e)
+        chosen, used = {}, set()
+        for name, n in ('golden', n_golden), ('eval', n_eval):
+            chosen[name] = []
+            for bucket, share in enumerate(balanced(n)):
+                pool = [r.item.id for r in rows if r.item.id in keys and len(r.labelled) and not r.truncated
+                        and bucket_of(len(r.labelled), edges) == bucket]
+                fresh = []
+                for id in sorted(pool, key=lambda i: hashlib.sha256(f'{keys[i]} {i}'.encode()).digest()):
+                    if len(fresh) < share and keys[id] not in used and whole(by_id[id]):
+                        used.add(keys[id])
+                        fresh.append(id)
+                chosen[name] += fresh
+        chosen['held_out'] = [i for i in by_id if i not in keys or keys[i] in used]
+        write_atomic(path, json.dumps(chosen))
+    held_out = set(chosen['held_out'])
+    train = [row for row in rows if row.item.id not in held_out]
+    if not train or len(chosen['eval']) < 8:
+        raise SystemExit(f'{len(rows)} samples leave {len(train)} to train on and {len(chosen["eval"])} of {n_eval} to evaluate on: '
+                         'add data or lower n_eval and n_golden')
+    return train, [by_id[i] for i in chosen['eval']], [by_id[i] for i in chosen['golden']]
+
+
+def length_buckets(counts, edges):
+    """{name: which items} of the buckets that hold any, from each item's number of labels."""
+    which = np.array([bucket_of(n, edges) for n in counts])
+    return {name: which == b for b, name in enumerate(('short', 'medium', 'long')) if (which == b).any()}
+
+
+def balanced(n):
+    """n in three shares, 33 / 33 / 34."""
+    return n // 3, n // 3, n - 2 * (n // 3)
+
+
+# -----------------------------------------------------------------------------
+# batches
+
+
+@dataclass
+class Batch:
+    """Rows laid end to end, T tokens, with every place that the step needs found beforehand."""
+    input_ids: torch.Tensor            # (T,)
+    position_ids: torch.Tensor         # (T,) counted anew in each row
+    rows: torch.Tensor                 # (B, L) places in T; short rows filled up with place 0
+    slots: torch.Tensor                # (T,) places in B * L
+    image_positions: torch.Tensor      # (images * N,)
+    label_positions: torch.Tensor      # (M,) the place before each label: the one that predicts it
+    labels: torch.Tensor               # (M,)
+    label_rows: torch.Tensor           # (M,) which of the B rows a label is in
+    images: torch.Tensor | None        # uint8 (B, 3, H, W) or features (B, P, Dv)
+    n_labels: int = 0
+    ids: list = field(default_factory=list)
+
+    def to(self, device):
+        moved = {k: v.to(device, non_blocking=True) for k, v in vars(self).items() if isinstance(v, torch.Tensor)}
+        return replace(self, **moved)
+
+
+def collate(rows, images, num_image_tokens):
+    """[Row], [array or None] -> Batch."""
+    lengths = [len(r) for r in rows]
+    starts = np.cumsum([0, *lengths[:-1]])
+    longest = max(lengths)
+    table = np.zeros((len(rows), longest), np.int64)
+    for b, (start, n) in enumerate(zip(starts, lengths)):
+        table[b, :n] = np.arange(start, start + n)
+    labelled = [start + r.labelled.astype(np.int64) for start, r in zip(starts, rows)]
+    ids = np.concatenate([r.ids for r in rows]).astype(np.int64)
+    places = np.concatenate(labelled)
+    with_image = [(start, r) for start, r in zip(starts, rows) if r.image_at >= 0]
+    kept = [image for image in images if image is not None]
+    as_tensor = torch.from_numpy
+    return Batch(
+        input_ids=as_tensor(ids), position_ids=as_tensor(np.concatenate([np.arange(n) for n in lengths])), rows=as_tensor(table),
+        slots=as_tensor(np.concatenate([b * longest + np.arange(n) for b, n in enumerate(lengths)])),
+        image_positions=as_tensor(np.concatenate([start + r.image_at + np.arange(num_image_tokens) for start, r in with_image]
+                                                 or [np.zeros(0, np.int64)])),
+        label_positions=as_tensor(places - 1), labels=as_tensor(ids[places]),
+        label_rows=as_tensor(np.concatenate([np.full(len(p), b) for b, p in enumerate(labelled)])),
+        images=as_tensor(np.stack(kept)) if kept else None, n_labels=len(places), ids=[r.item.id for r in rows])
+
+
+def row_order(n, row, seed, cache={}):                 # noqa: B006  the cache is meant to last
+    """Which of n samples row number `row` of the run is: a new permutation each epoch, a function of (seed, row)."""
+    epoch = row // n
+    if cache.get('key') != (n, epoch, seed):
+        cache.update(key=(n, epoch, seed), order=np.random.default_rng([seed, epoch]).permutation(n))
+    return int(cache['order'][row % n])
+
+
+class Loader:
+    """Rows and a way to get their images -> batches. `workers` threads decode; one more stays a step ahead.
+
+    get_image(row) -> array, raising BadSample: such a row is left out of its batch and entered in the ledger.
+    """
+    def __init__(self, rows, get_image, num_image_tokens, ledger, seed=0, workers=2):
+        self.rows, self.get_image, self.n, self.ledger, self.seed = rows, get_image, num_image_tokens, ledger, seed
+        self.pool, self.ahead = ThreadPoolExecutor(workers), ThreadPoolExecutor(1)
+
+    def step_rows(self, step, rows_per_step):
+        """The rows of a global step, longest first: micro-batches hold rows of like length, and memory peaks at once."""
+        first = step * rows_per_step
+        chosen = [self.rows[row_order(len(self.rows), r, self.seed)] for r in range(first, first + rows_per_step)]
+        return sorted(chosen, key=len, reverse=True)
+
+    def collate(self, rows):
+        """[Row] -> Batch of those whose image can be read, or None."""
+        kept, images = [], []
+        for row, image in zip(rows, self.pool.map(self.try_image, rows)):
+            if isinstance(image, BadSample):
+                self.ledger.add(row.item.id, image)
+            else:
+                kept.append(row)
+                images.append(image)
+        return collate(kept, images, self.n) if kept else None
+
+    def images(self, rows):
+        """The images of rows that all have a whole one, as one tensor."""
+        return torch.from_numpy(np.stack(list(self.pool.map(self.get_image, rows))))
+
+    def try_image(self, row):
+        try:
+            return self.get_image(row) if row.image_at >= 0 else None
+        except BadSample as e:
+            return e
+
+    def micro_batches(self, step, rows_per_step, batch_size, rank, world_size):
+        """This rank's part of a step: every world_size-th micro-batch of batch_size rows."""
+        rows = self.step_rows(step, rows_per_step)
+        micros = [rows[i:i + batch_size] for i in range(0, len(rows), batch_size)]
+        return [b for b in map(self.collate, micros[rank::world_size]) if b is not None]
+
+    def steps(self, first, last, *how):
+        """micro_batches of step `first`, `first` + 1, ... `last` - 1; the next one is made while this one is used."""
+        coming = self.ahead.submit(self.micro_batches, first, *how) if first < last else None
+        for step in range(first, last):
+            batches = coming.result()
+            coming = self.ahead.submit(self.micro_batches, step + 1, *how) if step + 1 < last else None
+            yield batches

@@ -1,0 +1,138 @@
+"""
+Gates: numbers in, verdicts out. Each stage measures, this file judges, and the stage's exit status says.
+
+As a script, the report card of one stage or of every stage below a folder:
+
+reads   DIR/gates.json, DIR/*/gates.json
+writes  nothing
+done    when every gate found has passed; exits 1 when one has not, or when there is none
+
+$ python gates.py out
+$ python gates.py out/a1_small
+"""
+import json
+import math
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from common import write_atomic
+
+
+class Gate(NamedTuple):
+    """value: what was measured; bar: in words, what was wanted; passed: the verdict."""
+    name: str
+    value: float
+    bar: str
+    passed: bool
+
+
+def at_most(name, value, bar):
+    """Passes when value <= bar; NaN fails."""
+    return Gate(name, value, f'<= {bar:g}', bool(value <= bar))
+
+
+def at_least(name, value, bar):
+    """Passes when value >= bar; NaN fails."""
+    return Gate(name, value, f'>= {bar:g}', bool(value >= bar))
+
+
+def exactly(name, value, wanted):
+    return Gate(name, value, f'= {wanted:g}', bool(value == wanted))
+
+
+def ablation(name, better, worse, counts, bar=0.0, min_win=0.0, n_bootstrap=2000):
+    """Is the loss `worse` above `better` by more than `bar` nats a label, with 95 % confidence over the items?
+
+    better, worse: summed loss of each item under the two conditions; counts: labels of each item. The difference is token
+    weighted, sum / count, and bootstrapped over items. Returns (Gate, {'d', 'low', 'high', 'win'}); win: share of items in
+    which worse > better. Too few items (under 8) or a NaN fail.
+    """
+    better, worse, counts = (np.asarray(x, dtype=np.float64) for x in (better, worse, counts))
+    difference, n = worse - better, len(counts)
+    if n == 0 or counts.sum() == 0:
+        return Gate(name, math.nan, 'items to measure on', False), {'d': math.nan, 'low': math.nan, 'high': math.nan, 'win': math.nan}
+    picks = np.random.default_rng(0).integers(n, size=(n_bootstrap, n))
+    samples = difference[picks].sum(1) / np.maximum(counts[picks].sum(1), 1)
+    low, high = np.quantile(samples, [0.025, 0.975])
+    measured = {'d': difference.sum() / counts.sum(), 'low': low, 'high': high, 'win': float((worse > better).mean())}
+    measured = {k: round(float(v), 5) for k, v in measured.items()}
+    passed = bool(n >= 8 and low > bar and measured['win'] >= min_win)
+    wanted = f'95 % interval above {bar:g}' + (f', win >= {min_win:g}' if min_win else '')
+    return Gate(name, measured['d'], f"{wanted}; [{low:.3f}, {high:.3f}], win {measured['win']:.3f}", passed), measured
+
+
+def trained_set(declared, trainable, with_gradient, before, after):
+    """The three gates on what was trained: declared, trainable and with_gradient are sets of names; before and after the
+    sha256 of everything frozen."""
+    return [exactly('parameters trained but not declared, or declared but not trained', len(set(declared) ^ set(trainable)), 0),
+            exactly('trained parameters without a gradient', len(set(trainable) - set(with_gradient)), 0),
+            exactly('frozen weights changed (sha256)', int(before != after), 0)]
+
+
+def table(gates):
+    width = max(len(g.name) for g in gates)
+    return '\n'.join(f"{'pass' if g.passed else 'FAIL'}  {g.name:<{width}}  {g.value:10.4f}  {g.bar}" for g in gates)
+
+
+def conclude(out_dir, gates, **measured):
+    """Write out_dir/gates.json, print the verdicts, and return the exit status: 0 when all passed, else 1."""
+    passed = bool(gates) and all(g.passed for g in gates)
+    record = {'passed': passed, 'gates': [g._asdict() for g in gates], **measured}
+    write_atomic(Path(out_dir) / 'gates.json', json.dumps(record, indent=1))
+    failed = [g.name for g in gates if not g.passed]
+    print(table(gates) + f"\n{out_dir}: " + (f'{len(gates)} gates passed' if passed else f'FAILED at: {"; ".join(failed)}'))
+    return 0 if passed else 1
+
+
+def curves(log, png):
+    """Draw a training log: the loss, and on held-out items the loss with the right image, another one, zeros and noise."""
+    import matplotlib
+    matplotlib.use('Agg')
+    import matplotlib.pyplot as plt
+    records = [json.loads(line) for line in Path(log).read_text().splitlines()]
+    steps, evals = ([r for r in records if r['kind'] == kind] for kind in ('step', 'eval'))
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout='constrained')
+    left.plot([r['step'] for r in steps], [r['window_loss'] for r in steps])
+    left.set(title='training loss', xlabel='step', ylabel='nats a label')
+    for condition in 'noise', 'zero', 'shuffled', 'correct':
+        right.plot([r['step'] for r in evals], [r[condition] for r in evals], 'o-', label=condition)
+    right.set(title='held-out loss by image', xlabel='step')
+    right.legend()
+    figure.savefig(png, dpi=110)
+    plt.close(figure)
+
+
+def require_passed(folder, allow_failed_gates):
+    """A stage takes only an input whose gates passed, unless the user says otherwise."""
+    path = Path(folder) / 'gates.json'
+    problem = None
+    if not path.exists():
+        problem = 'has no gates.json: its stage did not finish'
+    else:
+        failed = [g['name'] for g in json.loads(path.read_text())['gates'] if not g['passed']]
+        if failed:
+            problem = f'failed its gate "{failed[0]}"' + (f' and {len(failed) - 1} more' if len(failed) > 1 else '')
+    if problem and not allow_failed_gates:
+        raise SystemExit(f'{folder} {problem}; mend it, or set allow_failed_gates = True to go on all the same')
+
+
+def report_card(folder):
+    """Print the gates of every stage found in a folder; True when there are some and all passed."""
+    paths = [p for p in [Path(folder) / 'gates.json', *sorted(Path(folder).glob('*/gates.json'))] if p.exists()]
+    if not paths:
+        raise SystemExit(f'{folder}: no gates.json here or one level below; run a stage first')
+    ok = True
+    for path in paths:
+        record = json.loads(path.read_text())
+        ok &= record['passed']
+        print(f'{path.parent}\n{table([Gate(**g) for g in record["gates"]])}\n')
+    return ok
+
+
+if __name__ == '__main__':
+    if len(sys.argv) != 2 or sys.argv[1].startswith('-'):
+        raise SystemExit(__doc__.strip())
+    sys.exit(0 if report_card(sys.argv[1]) else 1)

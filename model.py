@@ -1,0 +1,419 @@
+"""
+The model: a frozen tower, a trainable connector, a frozen or LoRA-tuned Qwen3, the loss on label rows, generation.
+
+Letters: B rows, P patches, N image tokens, T tokens of all rows together, L tokens of the longest row, M labels,
+D LLM width, V text rows.
+
+Rows are never padded: a batch is one sequence of T tokens, every row after the other, with positions counted anew in each
+row. Only attention needs rows apart; there, and only there, they are laid out as (B, L).
+"""
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from filelock import FileLock
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
+from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForCausalLM, SiglipVisionModel
+from transformers.cache_utils import DynamicCache
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+from transformers.utils import cached_file, logging
+
+from common import all_gather, all_sum, sha256_tensors
+from data import BadSample
+
+# -----------------------------------------------------------------------------
+# loading what stays frozen
+
+logging.disable_progress_bar()
+logging.set_verbosity_error()                          # its load report lists the text tower; check_loaded is stricter
+
+
+def check_loaded(path, info, ignore=()):
+    """from_pretrained fills missing weights at random and only reports it; here it is an error."""
+    unexpected = [k for k in info['unexpected_keys'] if not k.startswith(tuple(ignore))]
+    for what, keys in ('lacks', info['missing_keys']), ('has unknown', unexpected), ('has misshapen', info['mismatched_keys']):
+        if keys:
+            raise SystemExit(f'{path} {what} weights: {", ".join(map(str, sorted(keys)[:3]))} ({len(keys)} in all); '
+                             'wanted a complete checkpoint of this class')
+
+
+def load_config(path):
+    try:
+        return AutoConfig.from_pretrained(path)
+    except (OSError, ValueError) as e:
+        raise SystemExit(f'{path}: no Hugging Face model here ({str(e).splitlines()[0]})')
+
+
+def load_llm(path, dtype=torch.float32):
+    """A causal language model of the Qwen3 class, frozen, attention laid out for unpadded rows."""
+    config = load_config(path)
+    if config.model_type != 'qwen3':
+        raise SystemExit(f'{path}: model_type is {config.model_type!r}, wanted qwen3')
+    llm, info = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation='rows', output_loading_info=True)
+    check_loaded(path, info)
+    return llm.eval().requires_grad_(False)
+
+
+class Tower(nn.Module):
+    """A frozen SigLIP or fixed-resolution SigLIP2 vision tower: uint8 pixels in, patch features out. There is no class token.
+
+    layer: -1 is last_hidden_state, after the tower's final norm; -2 is what the last block got, and so on down.
+    Blocks above the chosen layer and the pooling head are not kept.
+    """
+    def __init__(self, model, layer=-1, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)):
+        super().__init__()
+        depth = model.config.num_hidden_layers
+        if not -depth <= layer <= -1:
+            raise SystemExit(f'tower_layer = {layer}: this tower has {depth} layers, wanted -{depth} to -1')
+        self.embeddings = model.embeddings
+        self.blocks = model.encoder.layers[:depth + 1 + layer]
+        self.norm = model.post_layernorm if layer == -1 else nn.Identity()
+        self.layer, self.width, self.image_size = layer, model.config.hidden_size, model.config.image_size
+        self.side = model.config.image_size // model.config.patch_size
+        self.register_buffer('mean', torch.tensor(mean).view(3, 1, 1) * 255, persistent=False)
+        self.register_buffer('std', torch.tensor(std).view(3, 1, 1) * 255, persistent=False)
+        self.eval().requires_grad_(False)
+
+    @torch.no_grad()
+    def forward(self, pixels):
+        """uint8 (B, 3, H, W) -> (B, P, Dv)."""
+        hidden = self.embeddings((pixels.float() - self.mean) / self.std)
+        for block in self.blocks:
+            hidden = block(hidden, attention_mask=None)
+        return self.norm(hidden)
+
+
+def image_settings(path):
+    """How the tower's own processor prepares a picture: {'size', 'resample', 'mean', 'std'} from preprocessor_config.json."""
+    config = load_config(path)
+    vision = getattr(config, 'vision_config', config)
+    settings = {'size': vision.image_size, 'resample': 3, 'mean': [0.5] * 3, 'std': [0.5] * 3}
+    try:
+        stored = json.loads(Path(cached_file(path, 'preprocessor_config.json')).read_text())
+    except OSError:
+        return settings
+    return {'size': settings['size'], 'resample': stored.get('resample', 3), 'mean': stored.get('image_mean', [0.5] * 3),
+            'std': stored.get('image_std', [0.5] * 3)}
+
+
+def load_tower(path, layer=-1, dtype=torch.float32):
+    """The vision tower of a SigLIP checkpoint, whole (with its text tower) or vision only."""
+    config = load_config(path)
+    if config.model_type not in ('siglip', 'siglip_vision_model'):
+        raise SystemExit(f'{path}: model_type is {config.model_type!r}, wanted siglip (fixed resolution; NaFlex is not supported)')
+    config = getattr(config, 'vision_config', config)
+    model, info = SiglipVisionModel.from_pretrained(path, config=config, dtype=dtype, output_loading_info=True)
+    check_loaded(path, info, ignore=('text_model.', 'logit_'))
+    prepare = image_settings(path)
+    return Tower(model, layer, prepare['mean'], prepare['std'])
+
+
+# -----------------------------------------------------------------------------
+# the connector
+
+
+class ResamplerBlock(nn.Module):
+    """Latents look at the patches and at each other, then an MLP. Both sides are normed first."""
+    def __init__(self, width, heads):
+        super().__init__()
+        self.heads = heads
+        self.norm_latents, self.norm_patches, self.norm_mlp = nn.LayerNorm(width), nn.LayerNorm(width), nn.LayerNorm(width)
+        self.query, self.key_value = nn.Linear(width, width, bias=False), nn.Linear(width, 2 * width, bias=False)
+        self.out = nn.Linear(width, width, bias=False)
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+
+    def forward(self, latents, patches):
+        normed = self.norm_latents(latents)
+        sources = torch.cat([self.norm_patches(patches), normed], dim=1)                        # (B, P + N, Dr)
+
+        def split(x):
+            return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)                            # (B, heads, ., head width)
+
+        key, value = self.key_value(sources).chunk(2, dim=-1)
+        seen = F.scaled_dot_product_attention(split(self.query(normed)), split(key), split(value))
+        latents = latents + self.out(seen.transpose(1, 2).flatten(2))                           # (B, N, Dr)
+        return latents + self.mlp(self.norm_mlp(latents))
+
+
+def grid_positions(side, width):
+    """Fixed sine and cosine features of each patch's row and column, (side * side, width), unit variance."""
+    frequency = 100.0 ** -(torch.arange(width // 4) / (width // 4))
+    angle = torch.arange(side)[:, None] * frequency                                             # (side, width / 4)
+    one = torch.cat([angle.sin(), angle.cos()], dim=1)                                          # (side, width / 2)
+    rows, columns = one[:, None].expand(-1, side, -1), one[None].expand(side, -1, -1)
+    return torch.cat([rows, columns], dim=-1).flatten(0, 1) * 2 ** 0.5
+
+
+class Connector(nn.Module):
+    """Patch features (B, P, Dv) -> image tokens (B, N, D): a Perceiver resampler, then an MLP into the LLM's width.
+
+    embed_rms: root mean square of the LLM's embeddings; image tokens start at that size.
+    """
+    def __init__(self, patch_width, side, llm_width, num_image_tokens=64, width=512, depth=2, heads=8, vision_ln=False,
+                 embed_rms=0.03):
+        super().__init__()
+        self.vision_ln = nn.LayerNorm(patch_width) if vision_ln else nn.Identity()
+        self.enter = nn.Linear(patch_width, width)
+        self.register_buffer('positions', grid_positions(side, width), persistent=False)
+        self.latents = nn.Parameter(torch.randn(num_image_tokens, width) * 0.5)
+        self.blocks = nn.ModuleList(ResamplerBlock(width, heads) for _ in range(depth))
+        self.norm = nn.LayerNorm(width)
+        self.projector = nn.Sequential(nn.Linear(width, 4 * llm_width), nn.GELU(), nn.Linear(4 * llm_width, llm_width))
+        nn.init.normal_(self.projector[0].weight, std=width ** -0.5)
+        nn.init.normal_(self.projector[2].weight, std=embed_rms * (0.425 * 4 * llm_width) ** -0.5)   # E[gelu(z)^2] = 0.425
+        nn.init.zeros_(self.projector[2].bias)
+
+    def forward(self, patches):
+        patches = self.enter(self.vision_ln(patches)) + self.positions                          # (B, P, Dr)
+        latents = self.latents.expand(len(patches), -1, -1)
+        for block in self.blocks:
+            latents = block(latents, patches)
+        return self.projector(self.norm(latents))                                               # (B, N, D)
+
+
+# -----------------------------------------------------------------------------
+# attention over unpadded rows
+
+
+def rows_attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, rows=None, slots=None, **kwargs):
+    """Causal attention inside each row of an unpadded batch; with rows = None the ordinary SDPA (generation).
+
+    query, key, value: (1, heads, T, width). rows: (B, L) places in T, short rows filled up with place 0; slots: (T,) places in B * L.
+    A filled-up place stands after its row's end, so the causal mask alone keeps every real token from seeing it.
+    """
+    if rows is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
+
+    def lay_out(x):
+        return x[0].index_select(1, rows.view(-1)).unflatten(1, rows.shape).transpose(0, 1)     # (B, heads, L, width)
+
+    out = F.scaled_dot_product_attention(lay_out(query), lay_out(key), lay_out(value), is_causal=True, scale=scaling,
+                                         dropout_p=dropout, enable_gqa=query.shape[1] != key.shape[1])
+    return out.transpose(1, 2).flatten(0, 1).index_select(0, slots)[None], None                 # (1, T, heads, width)
+
+
+AttentionInterface.register('rows', rows_attention)
+AttentionMaskInterface.register('rows', sdpa_mask)
+
+
+# -----------------------------------------------------------------------------
+# the grafted model
+
+
+def label_losses(hidden, head, labels, chunk=2048):
+    """Cross entropy in nats of each label, (M,), from the hidden states at label positions only, (M, D).
+
+    Logits exist for `chunk` labels at a time; with more labels than that they are computed again in the backward pass.
+    """
+    def part(h, y):
+        return F.cross_entropy(head(h).float(), y, reduction='none')
+    if len(labels) <= chunk:
+        return part(hidden, labels)
+    return torch.cat([checkpoint(part, h, y, use_reentrant=False) for h, y in zip(hidden.split(chunk), labels.split(chunk))])
+
+
+class VLM(nn.Module):
+    """tower (or None when features come from a cache) + connector + LLM. forward(batch) -> summed loss in nats."""
+    def __init__(self, tower, connector, llm):
+        super().__init__()
+        self.tower, self.connector, self.llm = tower, connector, llm
+
+    def precision(self):
+        """bf16 autocast where the frozen weights are bf16: the connector's float32 weights are the masters."""
+        return torch.autocast(self.llm.device.type, torch.bfloat16, enabled=self.llm.dtype == torch.bfloat16)
+
+    def train(self, mode=True):
+        """Frozen parts stay in eval mode: only a part with something to learn follows."""
+        self.training = mode
+        for part in self.tower, self.connector, self.llm:
+            if part is not None:
+                part.train(mode and any(p.requires_grad for p in part.parameters()))
+        return self
+
+    def image_tokens(self, images):
+        """uint8 pixels (B, 3, H, W) or patch features (B, P, Dv) -> (B, N, D)."""
+        with self.precision():
+            patches = self.tower(images) if images.ndim == 4 else images
+            return self.connector(patches.to(self.connector.enter.weight.dtype))
+
+    def embed(self, input_ids, image_positions, image_tokens):
+        """Text embeddings (T, D) with the image tokens written over the places that the batch names. No host sync."""
+        embeds = self.llm.get_input_embeddings()(input_ids)
+        if image_positions is None or len(image_positions) == 0:
+            return embeds
+        return embeds.index_copy(0, image_positions, image_tokens.flatten(0, 1).to(embeds.dtype))
+
+    def nll(self, batch, image_tokens=None):
+        """Loss of every label, (M,), in nats. image_tokens: to put others in the place of the batch's own."""
+        if image_tokens is None and batch.images is not None:
+            image_tokens = self.image_tokens(batch.images)
+        embeds = self.embed(batch.input_ids, batch.image_positions, image_tokens)               # (T, D)
+        masks = {'full_attention': None, 'sliding_attention': None}
+        with self.precision():
+            hidden = self.llm.model(inputs_embeds=embeds[None], position_ids=batch.position_ids[None], attention_mask=masks,
+                                    use_cache=False, rows=batch.rows, slots=batch.slots).last_hidden_state[0]   # (T, D)
+            return label_losses(hidden.index_select(0, batch.label_positions), self.llm.lm_head, batch.labels)
+
+    def forward(self, batch):
+        return self.nll(batch).sum()
+
+
+def load_vlm(llm, vision, shape, tower_layer=-1, dtype=torch.float32, device='cpu'):
+    """A VLM with both base models frozen and a fresh connector in float32.
+
+    shape: {'num_image_tokens', 'width', 'depth', 'heads', 'vision_ln'} of the Connector. Seed before calling.
+    """
+    llm, tower = load_llm(llm, dtype), load_tower(vision, tower_layer, dtype)
+    rms = llm.get_input_embeddings().weight.detach().float().square().mean().sqrt().item()
+    connector = Connector(tower.width, tower.side, llm.config.hidden_size, embed_rms=rms, **shape)
+    return VLM(tower, connector, llm).to(device)
+
+
+@torch.no_grad()
+def cache_features(folder, tower, paths, read, device, batch_size=64):
+    """Patch features of images on disk: fp16, memory-mapped, {image path: (P, Dv) array}.
+
+    The file's name is a sha256 over the tower's weights and layer and every image's bytes: other inputs, other file. Two
+    processes that want the same one wait for each other. Images that cannot be read are left out.
+    """
+    paths = sorted({str(p) for p in paths if Path(p).is_file()})
+    key = hashlib.sha256(sha256_tensors(tower.state_dict().items()).encode() + f'{tower.layer}'.encode())
+    for path in paths:
+        key.update(Path(path).read_bytes())
+    file = Path(folder) / f'features-{key.hexdigest()[:24]}.npy'
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f'{file}.lock'):
+        if not file.exists():
+            beside = file.with_suffix('.tmp')
+            table = np.lib.format.open_memmap(beside, 'w+', np.float16, (len(paths), tower.side ** 2, tower.width))
+            for start in tqdm(range(0, len(paths), batch_size), 'tower features', disable=None):
+                whole = [(k, pixels) for k in range(start, min(start + batch_size, len(paths)))
+                         if (pixels := read_or_none(read, paths[k])) is not None]
+                if whole:
+                    features = tower(torch.from_numpy(np.stack([p for _, p in whole])).to(device))
+                    table[[k for k, _ in whole]] = features.to(torch.float16).cpu().numpy()
+            table.flush()
+            beside.replace(file)
+    table = np.load(file, mmap_mode='r')
+    return {path: table[k] for k, path in enumerate(paths)}
+
+
+def read_or_none(read, path):
+    try:
+        return read(path)
+    except BadSample:
+        return None
+
+
+CONDITIONS = ('correct', 'shuffled', 'zero', 'noise')
+
+
+@torch.no_grad()
+def image_ablation(vlm, load, batch_size, seed, rank=0, world_size=1):
+    """What is the right image worth? {condition: summed loss of each of load.rows, (items,)} in nats, on every rank.
+
+    correct: the item's own image; shuffled: another item's, dealt over the whole set so that nobody keeps its own; zero:
+    image tokens of zeros; noise: Gaussian with the mean and deviation that real tokens have in each dimension.
+    """
+    vlm.eval()
+    rows, device = load.rows, vlm.llm.device
+    deal = np.random.default_rng(seed).permutation(len(rows))
+    partner = dict(zip(deal.tolist(), np.roll(deal, 1).tolist()))
+    mine = range(rank, len(rows), world_size)
+    parts = [list(mine[i:i + batch_size]) for i in range(0, len(mine), batch_size)]
+
+    def tokens_of(items):
+        return vlm.image_tokens(load.images([rows[i] for i in items]).to(device))              # (B, N, D)
+
+    own = [tokens_of(part) for part in parts]
+    moments = sum(torch.stack([t.double().sum((0, 1)), t.double().square().sum((0, 1))]) for t in own)
+    n = all_sum(sum(t.shape[0] * t.shape[1] for t in own))
+    mean, square = sum(m.to(device) for m in all_gather(moments.cpu())) / n
+    std = (square - mean ** 2).clamp(min=0).sqrt()
+    mine = {c: {} for c in CONDITIONS}
+    for part, tokens in zip(parts, own):
+        batch = load.collate([rows[i] for i in part]).to(device)
+        draws = torch.stack([torch.randn(tokens.shape[1:], generator=torch.Generator().manual_seed(i)) for i in part])
+        noise = (mean + std * draws.to(device)).to(tokens.dtype)
+        others = tokens_of([partner[i] for i in part])
+        for condition, put in zip(CONDITIONS, (tokens, others, torch.zeros_like(tokens), noise)):
+            losses = vlm.nll(batch, put).double()
+            sums = torch.zeros(len(part), dtype=torch.float64, device=device).index_add(0, batch.label_rows, losses)
+            mine[condition].update(zip(part, sums.tolist()))
+    vlm.train()
+    everyone = all_gather(mine)
+    return {c: np.array([loss for _, loss in sorted(pair for part in everyone for pair in part[c].items())]) for c in CONDITIONS}
+
+
+# -----------------------------------------------------------------------------
+# generation from embeddings
+
+
+def pick(logits, temperature, top_p, generator):
+    """One token id per row from logits (B, V). temperature 0 is greedy; generator: one a row, so that no row depends on another."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    probabilities = torch.softmax(logits.float() / temperature, dim=-1)
+    ordered, order = probabilities.sort(dim=-1, descending=True, stable=True)
+    ordered = ordered.masked_fill(ordered.cumsum(-1) - ordered >= top_p, 0)   # keeps the smallest set that reaches top_p
+    drawn = torch.cat([torch.multinomial(row.cpu(), 1, generator=g) for row, g in zip(ordered, generator)])
+    return order.gather(1, drawn.to(order.device)[:, None])[:, 0]
+
+
+@torch.no_grad()
+def generate(llm, prompts, max_new_tokens, stop_ids, temperature=0.0, top_p=1.0, seeds=None):
+    """Continue prompts given as embeddings, [(T_i, D)]; returns [[ids without the stop id]].
+
+    Prompts are padded on the left and masked; a row's ids do not depend on its batch mates. seeds: one a row, when sampling.
+    """
+    device, width = prompts[0].device, prompts[0].shape[1]
+    lengths = [len(p) for p in prompts]
+    longest = max(lengths)
+    embeds = torch.stack([torch.cat([p.new_zeros(longest - len(p), width), p]) for p in prompts])    # (B, L, D)
+    mask = torch.tensor([[0] * (longest - n) + [1] * n for n in lengths], device=device)
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    generators = [torch.Generator().manual_seed(s) for s in seeds or range(len(prompts))]
+    cache, stops = DynamicCache(config=llm.config), set(stop_ids)
+    out, live = [[] for _ in prompts], set(range(len(prompts)))
+    for _ in range(max_new_tokens):
+        hidden = llm.model(inputs_embeds=embeds, attention_mask=mask, position_ids=positions, past_key_values=cache,
+                           use_cache=True).last_hidden_state[:, -1]
+        ids = pick(llm.lm_head(hidden), temperature, top_p, generators)                              # (B,)
+        for row, token in enumerate(ids.tolist()):
+            if row in live and token in stops:
+                live.discard(row)
+            elif row in live:
+                out[row].append(token)
+        if not live:
+            break
+        embeds = llm.get_input_embeddings()(ids)[:, None]
+        mask = torch.cat([mask, mask.new_ones(len(prompts), 1)], dim=1)
+        positions = positions[:, -1:] + 1
+    return out
+
+
+@torch.no_grad()
+def complete_rows(vlm, load, prompts, batch_size, max_new_tokens, stop_ids, rank=0, world_size=1):
+    """Greedy continuations of prompts, [(row of load.rows, number of its ids that are the prompt)], as lists of ids, on every rank."""
+    vlm.eval()
+    mine, done, device = list(range(rank, len(prompts), world_size)), {}, vlm.llm.device
+    for part in (mine[i:i + batch_size] for i in range(0, len(mine), batch_size)):
+        embeds = []
+        for i in part:
+            row, length = prompts[i]
+            tokens = vlm.image_tokens(load.images([row]).to(device)) if row.image_at >= 0 else None
+            n = 0 if tokens is None else tokens.shape[1]
+            places = row.image_at + torch.arange(n, device=device)
+            ids = torch.as_tensor(row.ids[:length], dtype=torch.long, device=device)
+            embeds.append(vlm.embed(ids, places, tokens))
+        with vlm.precision():
+            done.update(zip(part, generate(vlm.llm, embeds, max_new_tokens, stop_ids)))
+    vlm.train()
+    done = {i: ids for part in all_gather(done) for i, ids in part.items()}
+    return [done[i] for i in range(len(prompts))]
