@@ -40,6 +40,14 @@ def init_ranks(device='auto'):
     return int(os.environ.get('RANK', 0)), world_size, torch.device(device)
 
 
+def frozen_dtype(name, device):
+    """The torch dtype of frozen weights by its name; auto is bfloat16 on CUDA and float32 on CPU."""
+    name = ('bfloat16' if device.type == 'cuda' else 'float32') if name == 'auto' else name
+    if name not in ('bfloat16', 'float32'):
+        raise SystemExit(f'dtype = {name!r}: wanted auto, bfloat16 or float32')
+    return getattr(torch, name)
+
+
 def all_sum(value):
     """The sum of a number over the ranks, in float64, the same on every rank."""
     if not dist.is_initialized():
@@ -64,10 +72,12 @@ def reduce_gradients(parameters):
     if not dist.is_initialized():
         return
     parameters = list(parameters)
-    flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters])
+    had = torch.tensor([float(p.grad is not None) for p in parameters], device=parameters[0].device)
+    flat = torch.cat([had] + [(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters])
     dist.all_reduce(flat)
-    for p, part in zip(parameters, flat.split([p.numel() for p in parameters])):
-        p.grad = part.view_as(p)
+    had, *parts = flat.split([len(parameters)] + [p.numel() for p in parameters])
+    for p, part, any_had in zip(parameters, parts, had.tolist()):
+        p.grad = part.view_as(p) if any_had else None      # none on any rank: none, as on a single rank
 
 
 def seed_everything(*key):
@@ -127,15 +137,19 @@ def save_checkpoint(folder, tensors, meta):
     beside, previous = folder.with_name(folder.name + '.tmp'), folder.with_name(folder.name + '.prev')
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir(parents=True)
-    for name, value in tensors.items():
-        torch.save(value, beside / f'{name}.pt')
-    (beside / 'meta.json').write_text(json.dumps(meta, indent=1))
-    manifest = {p.name: sha256_file(p) for p in sorted(beside.iterdir())}
-    (beside / 'manifest.json').write_text(json.dumps(manifest, indent=1))
-    for path in beside.iterdir():
-        with open(path, 'rb') as f:
-            os.fsync(f.fileno())
-    sync_folder(beside)
+    try:
+        for name, value in tensors.items():
+            torch.save(value, beside / f'{name}.pt')
+        (beside / 'meta.json').write_text(json.dumps(meta, indent=1))
+        manifest = {p.name: sha256_file(p) for p in sorted(beside.iterdir())}
+        (beside / 'manifest.json').write_text(json.dumps(manifest, indent=1))
+        for path in beside.iterdir():
+            with open(path, 'rb') as f:
+                os.fsync(f.fileno())
+        sync_folder(beside)
+    except (OSError, RuntimeError) as e:               # torch's writer has its own words for a full disk
+        raise SystemExit(f'{folder}: cannot write this checkpoint, is the disk full? ({str(e).splitlines()[0]}); '
+                         'the one before it is whole')
     if folder.exists():
         shutil.rmtree(previous, ignore_errors=True)
         os.replace(folder, previous)
@@ -159,7 +173,8 @@ def load_checkpoint(folder, map_location='cpu'):
     Raises SystemExit when neither is whole.
     """
     folder, reasons = Path(folder), []
-    for candidate in folder, folder.with_name(folder.name + '.prev'):
+    candidates = [folder.with_name(folder.name + end) for end in ('', '.prev', '.tmp')]
+    for candidate in candidates if candidates[2].exists() else candidates[:2]:   # .tmp: whole, if killed while moving it
         wrong = damage(candidate)
         if wrong is None:
             if reasons:

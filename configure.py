@@ -3,11 +3,12 @@ Settings: the bare globals at the top of a script, overridden in order by config
 
     config = configure(globals())
 
-A config file is Python, run on a scratch copy of the settings, so it may compute, import and call; imports, functions and
-_names in it are not settings. Only names that the script has can be set, and the type must stay the same (an int will do
-for a float). Config files are code: run only your own.
+A setting is a lower-case global that holds a literal; CAPITALS, functions, classes and _names are not settings. A config
+file is Python, run on a scratch copy of the settings: it may compute, import and call. Only names that the script has can
+be set, and the type must stay the same (an int will do for a float). Config files are code: run only your own.
 """
 import ast
+import copy
 import difflib
 import os
 import re
@@ -25,7 +26,7 @@ def configure(namespace, argv=None):
     Raises SystemExit with one line, `configs/a1.py:2: no setting is called ...`, for a wrong name, type or file.
     """
     argv = sys.argv[1:] if argv is None else argv
-    settings = {k: v for k, v in namespace.items() if not k.startswith('_') and isinstance(v, TYPES)}
+    settings = {k: v for k, v in namespace.items() if k.islower() and k[0] != '_' and isinstance(v, TYPES)}
     defaults, origin = dict(settings), {}
     if {'--help', '-h'} & set(argv):
         print_help(namespace, settings)
@@ -34,7 +35,7 @@ def configure(namespace, argv=None):
         if arg.endswith('.py') and not arg.startswith('--'):
             new, lines = run_config(arg, settings)
             where = {key: f'{arg}:{lines.get(key, 1)}' for key in new}
-        elif match := re.fullmatch(r'--([A-Za-z]\w*)=(.*)', arg, re.DOTALL):
+        elif match := re.fullmatch(r'--([A-Za-z][\w-]*)=(.*)', arg, re.DOTALL):
             key, new = match[1], {match[1]: parse(match[2], settings.get(match[1]))}
             where = {key: f'--{key}'}
         else:
@@ -52,25 +53,34 @@ def configure(namespace, argv=None):
 def run_config(path, settings):
     """Names that a config file sets, with their values, and the line of each one's last assignment."""
     try:
-        source = Path(path).read_text()
+        source = Path(path).read_bytes()             # the parser decodes: what is not UTF-8 is a SyntaxError
     except OSError as e:
         raise SystemExit(f'{path}: cannot read this config file ({e.strerror}); is the path right?')
     try:
         tree = ast.parse(source, path)
     except SyntaxError as e:
         raise SystemExit(f'{path}:{e.lineno}: not valid Python: {e.msg}')
-    lines = {n.id: n.lineno for n in ast.walk(tree) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
-    imported = {(a.asname or a.name).split('.')[0] for n in ast.walk(tree)
-                if isinstance(n, (ast.Import, ast.ImportFrom)) for a in n.names}
-    scratch = dict(settings, __file__=path, __name__='config')
+    lines = {n.id: n.lineno for n in top_level(tree) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+    scratch = dict(copy.deepcopy(settings), __file__=path, __name__='config')
+    path_before = list(sys.path)
     sys.path.insert(0, str(Path(__file__).resolve().parent))   # `from make_small import ensure` works from any folder
     try:
         exec(compile(tree, path, 'exec'), scratch)
     finally:
-        sys.path.pop(0)
-    new = {k: v for k, v in scratch.items() if not k.startswith('_') and k not in imported
-           and not isinstance(v, (ModuleType, FunctionType, type)) and (k in lines)}
+        sys.path[:] = path_before
+    # a setting counts however it changed (assigned, from base import *, appended to); other names only when assigned
+    new = {k: v for k, v in scratch.items() if not k.startswith('_') and (
+        k in lines or v != settings[k] if k in settings else
+        k in lines and not isinstance(v, (ModuleType, FunctionType, type)))}
     return new, lines
+
+
+def top_level(node):
+    """The nodes below this one in source order, without the bodies of functions, classes and comprehensions."""
+    for child in ast.iter_child_nodes(node):
+        yield child
+        if not isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Lambda, ast.comprehension)):
+            yield from top_level(child)
 
 
 def parse(text, current):
@@ -86,7 +96,8 @@ def parse(text, current):
 def checked(key, value, settings, where):
     if key not in settings:
         near = difflib.get_close_matches(key, settings, 1)
-        raise SystemExit(f"{where}: no setting is called {key!r}" + (f", did you mean {near[0]!r}?" if near else '; see --help'))
+        raise SystemExit(f'{where}: no setting is called {key!r}' + (
+            f', did you mean {near[0]!r}?' if near else f"; see --help, and call a config file's own names like {'_' + key!r}"))
     wanted = type(settings[key])
     if wanted is float and type(value) is int:
         return float(value)

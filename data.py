@@ -259,6 +259,31 @@ class Template:
             ids += newline
         return self.cut(item, ids, labelled, image_at)
 
+    def text(self, text, name):
+        """Plain text and its end token; every id after the first is a label."""
+        ids = [*self.encode(text), self.end]
+        return self.cut(Item(name, None, (('', text),)), ids, range(1, len(ids)), -1)
+
+
+def answer_starts(row):
+    """Where each labelled stretch of a row begins: the ids before it are the prompt of that answer."""
+    places = row.labelled
+    return [int(p) for n, p in enumerate(places) if n == 0 or p != places[n - 1] + 1]
+
+
+def read_texts(path):
+    """JSONL with one {"text": ...} a line -> [text]."""
+    try:
+        with open(path) as f:
+            texts = [json.loads(line)['text'] for line in f if line.strip()]
+    except OSError as e:
+        raise SystemExit(f'{path}: cannot read this text file ({e.strerror}); set text_jsonl to lines of {{"text": ...}}')
+    except (ValueError, KeyError, TypeError) as e:
+        raise SystemExit(f'{path}: wanted lines of {{"text": ...}}, found one that is not ({e})')
+    if not texts:
+        raise SystemExit(f'{path}: holds no text')
+    return texts
+
 
 # -----------------------------------------------------------------------------
 # splits
@@ -307,7 +332,7 @@ def split_rows(rows, n_eval, n_golden, edges, path, ledger, read):
             chosen[name] = []
             for bucket, share in enumerate(balanced(n)):
                 pool = [r.item.id for r in rows if r.item.id in keys and len(r.labelled) and not r.truncated
-                        and bucket_of(len(r.labelled), edges) == bucket]
+                        and r.image_at >= 0 and bucket_of(len(r.labelled), edges) == bucket]
                 fresh = []
                 for id in sorted(pool, key=lambda i: hashlib.sha256(f'{keys[i]} {i}'.encode()).digest()):
                     if len(fresh) < share and keys[id] not in used and whole(by_id[id]):

@@ -31,16 +31,16 @@ class Gate(NamedTuple):
 
 def at_most(name, value, bar):
     """Passes when value <= bar; NaN fails."""
-    return Gate(name, value, f'<= {bar:g}', bool(value <= bar))
+    return Gate(name, float(value), f'<= {bar:g}', bool(value <= bar))
 
 
 def at_least(name, value, bar):
     """Passes when value >= bar; NaN fails."""
-    return Gate(name, value, f'>= {bar:g}', bool(value >= bar))
+    return Gate(name, float(value), f'>= {bar:g}', bool(value >= bar))
 
 
 def exactly(name, value, wanted):
-    return Gate(name, value, f'= {wanted:g}', bool(value == wanted))
+    return Gate(name, float(value), f'= {wanted:g}', bool(value == wanted))
 
 
 def ablation(name, better, worse, counts, bar=0.0, min_win=0.0, n_bootstrap=2000):
@@ -59,8 +59,8 @@ def ablation(name, better, worse, counts, bar=0.0, min_win=0.0, n_bootstrap=2000
     low, high = np.quantile(samples, [0.025, 0.975])
     measured = {'d': difference.sum() / counts.sum(), 'low': low, 'high': high, 'win': float((worse > better).mean())}
     measured = {k: round(float(v), 5) for k, v in measured.items()}
-    passed = bool(n >= 8 and low > bar and measured['win'] >= min_win)
-    wanted = f'95 % interval above {bar:g}' + (f', win >= {min_win:g}' if min_win else '')
+    passed = bool(n >= 8 and low > bar and (worse > better).mean() >= min_win)
+    wanted = ('' if n >= 8 else f'{n} items, wanted 8; ') + f'95 % interval above {bar:g}' + (f', win >= {min_win:g}' if min_win else '')
     return Gate(name, measured['d'], f"{wanted}; [{low:.3f}, {high:.3f}], win {measured['win']:.3f}", passed), measured
 
 
@@ -73,7 +73,7 @@ def trained_set(declared, trainable, with_gradient, before, after):
 
 
 def table(gates):
-    width = max(len(g.name) for g in gates)
+    width = max((len(g.name) for g in gates), default=0)
     return '\n'.join(f"{'pass' if g.passed else 'FAIL'}  {g.name:<{width}}  {g.value:10.4f}  {g.bar}" for g in gates)
 
 
@@ -82,7 +82,7 @@ def conclude(out_dir, gates, **measured):
     passed = bool(gates) and all(g.passed for g in gates)
     record = {'passed': passed, 'gates': [g._asdict() for g in gates], **measured}
     write_atomic(Path(out_dir) / 'gates.json', json.dumps(record, indent=1))
-    failed = [g.name for g in gates if not g.passed]
+    failed = [g.name for g in gates if not g.passed] or ['no gate was measured']
     print(table(gates) + f"\n{out_dir}: " + (f'{len(gates)} gates passed' if passed else f'FAILED at: {"; ".join(failed)}'))
     return 0 if passed else 1
 
@@ -112,7 +112,8 @@ def require_passed(folder, allow_failed_gates):
     if not path.exists():
         problem = 'has no gates.json: its stage did not finish'
     else:
-        failed = [g['name'] for g in json.loads(path.read_text())['gates'] if not g['passed']]
+        record = json.loads(path.read_text())
+        failed = [g['name'] for g in record['gates'] if not g['passed']] or ['no gate was measured'] * (not record['passed'])
         if failed:
             problem = f'failed its gate "{failed[0]}"' + (f' and {len(failed) - 1} more' if len(failed) > 1 else '')
     if problem and not allow_failed_gates:

@@ -41,7 +41,7 @@ COLOURS = {'red': (220, 40, 40), 'green': (40, 170, 60), 'blue': (45, 75, 225),
 BACKGROUNDS = {'black': (15, 15, 15), 'white': (243, 243, 243), 'gray': (128, 128, 128), 'brown': (112, 70, 30)}
 PLACES = {'top left': (16, 16), 'top right': (48, 16), 'bottom left': (16, 48), 'bottom right': (48, 48)}
 NUMBERS = ('zero', 'one', 'two', 'three')
-PIXELS = 64                                            # 8 x 8 patches of 8 for the tower: the objects span 2 to 3 patches
+PIXELS, PATCH = 64, 16                                 # 4 x 4 patches: with 8 x 8 of 8 the tower costs four times as much
 
 
 def choose(rng, options):
@@ -133,7 +133,7 @@ def see(image):
 # captions: one sentence that names everything in the scene, and how one is judged
 
 THING = re.compile(rf"({'|'.join(SIZES)}) ({'|'.join(COLOURS)}) ({'|'.join(SHAPES)})(?: at the)? "
-                   rf"({'|'.join(PLACES)})")            # the frame that the text corpus must not contain
+                   rf"({'|'.join(PLACES)})")
 GROUND = re.compile(rf"({'|'.join(BACKGROUNDS)}) background|on ({'|'.join(BACKGROUNDS)})")
 RELATION = re.compile(rf'{THING.pattern} is (above|below|left of|right of) an? {THING.pattern}')
 
@@ -227,7 +227,7 @@ def chat(scene, rng):
         if pair and pair[0] not in asked:
             asked.add(pair[0])
             turns.append((kind, *pair))
-        elif rng.random() < 0.05:                      # a scene with one object runs out of questions
+        elif turns and rng.random() < 0.05:            # a scene with one object runs out of questions
             break
     return turns
 
@@ -272,21 +272,52 @@ def random_records(rng, most=4):
     return [{k: word(k, rng) for k in BEFORE} for _ in range(int(rng.integers(1, most + 1)))]
 
 
+LINKS = (' is at the ', ' is in the ', ' sits at the ', ' lies in the ', ', ', ' - ', ': ', ' (now) at the ', ' goes to the ')
+OPENS = ('', '', '', 'here ', 'there is ', 'I see that ', 'they say ', 'a story of ', 'look: ', '{} background: ', 'on {} ',
+         'with {} behind, ', 'this is a picture: ')
+CLOSES = ('', '.', ', on {}', ' on {}', ', with a {} background', '; {} background', ', all {} behind', ' in the picture', '.')
+
+
+def english(records, rng):
+    """Things in the order that English has, each tied to its place or to another thing by a verb or a mark."""
+    link, join, article = choose(rng, LINKS), choose(rng, (' and ', ', ', '; ', '. ', ', and ')), choose(rng, ('a ', 'a ', 'the ', ''))
+    keep, place_first = [rng.random() < 0.8 for _ in range(2)], rng.random() < 0.25
+
+    def name(r):
+        return article + ' '.join([r[k] for k, kept in zip(('size', 'colour'), keep) if kept] + [r['noun']])
+
+    def one(r):
+        return f"{r['place']}{choose(rng, (': ', ' is ', ' has '))}{name(r)}" if place_first else name(r) + link + r['place']
+
+    parts = [one(r) for r in records]
+    if rng.random() < 0.3:
+        other = random_records(rng, 1)[0]
+        parts[0] = f"{name(records[0])} is {records[0]['rel']} {name(other)}"
+    tint = word('colour', rng)
+    return choose(rng, OPENS).format(tint) + join.join(parts) + choose(rng, CLOSES).format(tint)
+
+
 def text_document(rng):
-    kind = choose(rng, ('form', 'form', 'form', 'rewrite', 'same form', 'copy', 'sentence', 'story', 'count', 'answer', 'chat'))
+    kind = choose(rng, 6 * ['rewrite'] + 3 * ['copy'] + 2 * ['english', 'answer'] + ['form', 'same form', 'sentence', 'story',
+                                                                              'count', 'chat'])
     records = random_records(rng)
     if kind == 'form':
         return write(records, random_form(rng))
-    if kind == 'rewrite':                              # the same records in two forms; the first one holds every field
-        first, second = random_form(rng), random_form(rng)
-        first.update(fields=list(rng.permutation(list(BEFORE))), before=[''] * 5, between=[choose(rng, MARKS)] * 5)
-        return write(records, first) + choose(rng, (' -> ', '\n', ' = ', ' so ')) + write(records, second)
+    if kind == 'english':
+        return english(records, rng)
+    if kind == 'rewrite':                              # the same records twice: as bare fields in any order, then in words
+        fields = list(rng.permutation(['size', 'colour', 'noun', 'place']))
+        bare = {'fields': fields, 'before': [''] * 4, 'between': [choose(rng, (' ', ' ', ', ', ' / '))] * 4, 'lead': '',
+                'join': choose(rng, ('; ', ' | ', '\n', '. ')), 'tail': ''}
+        words = english(records, rng) if rng.random() < 0.75 else write(records, random_form(rng))
+        return write(records, bare) + choose(rng, (' -> ', '\n', ' = ', ' so ')) + words
     if kind == 'same form':                            # what the first lines show, the next lines keep up
         form = random_form(rng)
         return '\n'.join(write(random_records(rng, 2), form) for _ in range(3))
-    if kind == 'copy':
-        line = ' '.join(word(choose(rng, BEFORE), rng) for _ in range(int(rng.integers(2, 9))))
-        return f"{choose(rng, ('copy', 'say', 'again'))}: {line} {choose(rng, ('->', '=', '|'))} {line}"
+    if kind == 'copy':                                 # said twice or more: what makes a model look back
+        line = ' '.join(word(choose(rng, BEFORE), rng) for _ in range(int(rng.integers(3, 10))))
+        return choose(rng, ('copy: ', 'say: ', 'again: ', '')) + choose(rng, (' -> ', ' = ', ' | ', '\n')).join(
+            [line] * int(rng.integers(2, 5)))
     r, who, other = records[0], choose(rng, NAMES), choose(rng, NAMES)
     if kind == 'sentence':                             # a bag of words, then the sentence made of them
         sentence = f"the {r['noun']} of {who} is {r['size']} and {r['colour']}, {r['place']}"
@@ -311,15 +342,18 @@ def text_document(rng):
     return f'<|im_start|>user\n{facts} {ask}<|im_end|>\n<|im_start|>assistant\n{reply}<|im_end|>'
 
 
+CAPTION_FRAME = re.compile(THING.pattern.replace('|'.join(SHAPES), '|'.join(NOUNS)))
+
+
 def make_text(folder, n_train=48_000, n_eval=1_000):
-    """JSONL, one {"text"} a line. A document in which a caption's frame turns up by chance is thrown away."""
+    """JSONL, one {"text"} a line. A document that holds the captions' frame, a thing and its place, is thrown away."""
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(101)
     for name, n in ('train', n_train), ('eval', n_eval):
         with open(folder / f'{name}.jsonl', 'w') as f:
             for _ in tqdm(range(n), f'text/{name}', disable=None):
                 text = text_document(rng)
-                while THING.search(text):
+                while CAPTION_FRAME.search(text):
                     text = text_document(rng)
                 f.write(json.dumps({'text': text}) + '\n')
 
@@ -423,54 +457,49 @@ def edited(scene, rng):
     return scene._replace(things=tuple(sorted(things, key=lambda t: list(PLACES).index(t.place))))
 
 
-def make_vision(folder, tokenizer_folder, n_steps=400, learning_rate=3e-3, n_groups=16, group=8):
-    """A tiny SigLIP trained with its sigmoid loss. Batches hold groups of near-identical scenes, so that shape, size and
-    place have to be seen, not only colours. Trained and tested on pairs of a picture and a text that names everything."""
+def make_vision(folder, tokenizer_folder, n_steps=520, learning_rate=2e-3, n_groups=32, group=4):
+    """A tiny SigLIP trained with its sigmoid loss on pairs of a picture and a text that names everything in it.
+
+    Batches hold groups of near-identical scenes, so that shape, size and place have to be seen, not only colours; the first
+    third shows one object at a time, which is learned sooner and helps with more.
+    """
     import torch
     from transformers import AutoTokenizer, SiglipConfig, SiglipImageProcessorPil, SiglipModel
 
     torch.manual_seed(103)
     rng = np.random.default_rng(103)
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
-    layers = {'hidden_size': 128, 'intermediate_size': 384, 'num_attention_heads': 4}
+    layers, length = {'hidden_size': 128, 'intermediate_size': 384, 'num_attention_heads': 4}, 18
     model = SiglipModel(SiglipConfig(
-        text_config={**layers, 'num_hidden_layers': 2, 'vocab_size': len(tokenizer), 'max_position_embeddings': 24,
-                     'bos_token_id': None, 'eos_token_id': tokenizer.eos_token_id, 'pad_token_id': tokenizer.pad_token_id},
-        vision_config={**layers, 'num_hidden_layers': 4, 'image_size': PIXELS, 'patch_size': 8}))
+        text_config={**layers, 'num_hidden_layers': 2, 'vocab_size': len(tokenizer), 'max_position_embeddings': length,
+                     'projection_size': 128, 'bos_token_id': None, 'eos_token_id': tokenizer.eos_token_id,
+                     'pad_token_id': tokenizer.pad_token_id},
+        vision_config={**layers, 'num_hidden_layers': 4, 'image_size': PIXELS, 'patch_size': PATCH}))
     with torch.no_grad():                              # SigLIP's start: temperature 10, bias -10
         model.logit_scale.fill_(math.log(10))
         model.logit_bias.fill_(-10)
 
-    def describe(things, background=''):
-        return ' '.join([f'{t.place} {t.size} {t.colour} {t.shape}' for t in things] + [background])
+    def describe(scene):
+        return ' '.join(f'{t.place} {t.size} {t.colour} {t.shape}' for t in scene.things) + f' {scene.background}'
 
-    def encode(texts):
-        return tokenizer(texts, padding='max_length', max_length=24, truncation=True, return_tensors='pt')['input_ids']
-
-    def scenes_and_pixels(n_groups, group):
+    def pairs(n_groups, group, n_things=None):
         scenes = []
         for _ in range(n_groups):
-            scenes.append(random_scene(rng))
+            scenes.append(random_scene(rng, n_things))
             for k in range(1, group):                  # edits of edits: some differ in one attribute, some in more
                 scenes.append(edited(scenes[-1 - int(rng.integers(k))], rng))
-        pixels = np.stack([draw(s, rng) for s in scenes])
-        return scenes, torch.from_numpy(pixels).permute(0, 3, 1, 2) / 127.5 - 1
+        pixels = torch.from_numpy(np.stack([draw(s, rng) for s in scenes])).permute(0, 3, 1, 2) / 127.5 - 1
+        text = tokenizer([describe(s) for s in scenes], padding='max_length', max_length=length, return_tensors='pt')
+        return {'pixel_values': pixels, 'input_ids': text['input_ids']}
 
     def loss_of_step(step):
-        """SigLIP's loss over two texts a picture, all of it and one object; a text fits every picture that shows what it says."""
-        scenes, pixels = scenes_and_pixels(n_groups, group)
-        parts = [choose(rng, s.things) for s in scenes]
-        ids = encode([describe(*s) for s in scenes] + [describe([t]) for t in parts])
-        fits = torch.tensor([[s == other for other in scenes] + [t in s.things for t in parts] for s in scenes])
-        logits = model(input_ids=ids, pixel_values=pixels).logits_per_image
-        return -torch.nn.functional.logsigmoid(logits * (2.0 * fits - 1)).sum() / len(scenes)
+        return model(**pairs(n_groups, group, 1 if step < 0.3 * n_steps else None), return_loss=True).loss
 
     descend(model, loss_of_step, n_steps, learning_rate, 'vision')
 
     def retrieval(n_groups, group):
         """Share of pictures whose own text scores highest among its group's, or among all where group is 1."""
-        scenes, pixels = scenes_and_pixels(n_groups, group)
-        logits = model(input_ids=encode([describe(*s) for s in scenes]), pixel_values=pixels).logits_per_image
+        logits = model(**pairs(n_groups, group)).logits_per_image
         block = logits.view(n_groups, group, n_groups, group)[range(n_groups), :, range(n_groups)] if group > 1 else logits[None]
         return round((block.argmax(-1) == torch.arange(block.shape[-1])).float().mean().item(), 4)
 
@@ -487,7 +516,7 @@ def make_vision(folder, tokenizer_folder, n_steps=400, learning_rate=3e-3, n_gro
 # the parts, on demand
 
 def make_captions(folder, n=8000, seed=104, kind='captions', taken=()):
-    """LLaVA-Pretrain JSON, images/, and truth.json ({id: scene}). No scene twice, none of `taken`; returns the scenes."""
+    """LLaVA-Pretrain JSON, images/, and truth.json ({id: scene}). No scene twice, none of `taken`."""
     (folder / 'images').mkdir(parents=True)
     rng, records, truth, used = np.random.default_rng(seed), [], {}, set(taken)
     for k in tqdm(range(n), kind, disable=None):
@@ -548,4 +577,51 @@ def ensure(*parts, root=ROOT):
             shutil.rmtree(beside, ignore_errors=True)
             make(beside)
             os.replace(beside, root / part)
-    return root
+    return Path(os.path.relpath(root))
+
+
+# -----------------------------------------------------------------------------
+# a stage's predictions against the truth
+
+def score_run(out_dir, root=ROOT):
+    """{kind of caption or question: (right, asked)} of out_dir/predictions.jsonl, by what the scenes really hold.
+
+    Captions and descriptions count attributes; every other answer is right when it is the true one to the letter.
+    """
+    try:
+        lines = (Path(out_dir) / 'predictions.jsonl').read_text().splitlines()
+    except OSError as e:
+        raise SystemExit(f'{out_dir}: no predictions.jsonl ({e.strerror}); run the stage to its end first')
+    predictions, tally = [json.loads(line) for line in lines], {}
+    kind = 'instruct' if predictions and 'turn' in predictions[0] else 'captions'
+    truth = json.loads((root / kind / 'truth.json').read_text())
+    asked_for = {r['id']: r.get('kinds') for r in json.loads((root / kind / 'data.json').read_text())}
+    for p in predictions:
+        things, background = truth[p['id']]
+        scene = Scene(tuple(Thing(*t) for t in things), background)
+        name = asked_for[p['id']][p['turn']] if kind == 'instruct' else f"{NUMBERS[len(things)]} object{'s' * (len(things) > 1)}"
+        right, asked = score_caption(p['prediction'], scene)
+        if kind == 'instruct':                         # every answer counts one; a description, its share of attributes
+            right, asked = right / asked if name == 'describe' else p['prediction'] == p['truth'], 1
+        before = tally.get(name, (0, 0))
+        tally[name] = (before[0] + right, before[1] + asked)
+    return tally
+
+
+if __name__ == '__main__':
+    from configure import configure
+    parts = tuple(PARTS)           # what to build
+    score = ''                     # or: an out dir whose predictions.jsonl to score
+    bar = 0.90                     # below this share the score's exit status is 1
+    configure(globals())
+    if score:
+        tally = score_run(score)
+        tally['all'] = tuple(map(sum, zip(*tally.values()))) if tally else (0, 0)
+        for name, (right, asked) in sorted(tally.items()):
+            print(f'{name:<12} {right / max(asked, 1):7.2%}  {right:.4g} of {asked}')
+        (Path(score) / 'truth.json').write_text(json.dumps(tally))
+        right, asked = tally['all']
+        if not asked or right / asked < bar:
+            raise SystemExit(f'{score}: {right / max(asked, 1):.2%} right, wanted {bar:.0%}')
+    else:
+        print(f'the small world is in {ensure(*parts)}')

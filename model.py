@@ -18,7 +18,7 @@ from filelock import FileLock
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForCausalLM, SiglipVisionModel
+from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer, SiglipVisionModel
 from transformers.cache_utils import DynamicCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -48,6 +48,11 @@ def load_config(path):
         return AutoConfig.from_pretrained(path)
     except (OSError, ValueError) as e:
         raise SystemExit(f'{path}: no Hugging Face model here ({str(e).splitlines()[0]})')
+
+
+def load_tokenizer(path):
+    load_config(path)                                  # one clear line when nothing is there
+    return AutoTokenizer.from_pretrained(path)
 
 
 def load_llm(path, dtype=torch.float32):

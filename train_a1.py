@@ -19,15 +19,14 @@ from pathlib import Path
 import numpy as np
 import torch
 from tqdm import tqdm
-from transformers import AutoTokenizer
 
 import gates
-from common import (Log, StopSignal, all_gather, all_sum, check_resumable, epoch_samples_for, has_checkpoint, init_ranks,
+from common import (Log, StopSignal, all_gather, all_sum, check_resumable, epoch_samples_for, frozen_dtype, has_checkpoint, init_ranks,
                     load_checkpoint, lock_run, peak_memory_mb, provenance, reduce_gradients, save_checkpoint, seed_everything,
-                    sha256_tensors, write_atomic)
+                    sha256_file, sha256_tensors, write_atomic)
 from configure import configure
 from data import Ledger, Loader, Template, contact_sheet, image_reader, length_buckets, read_image, read_llava, split_rows
-from model import cache_features, complete_rows, image_ablation, image_settings, load_vlm
+from model import cache_features, complete_rows, image_ablation, image_settings, load_tokenizer, load_vlm
 
 # -----------------------------------------------------------------------------
 # settings; override any with a config file or --key=value
@@ -80,7 +79,7 @@ config = configure(globals())
 
 # ranks
 rank, world_size, device = init_ranks(device)
-dtype = {'auto': 'bfloat16' if device.type == 'cuda' else 'float32'}.get(dtype, dtype)
+dtype = frozen_dtype(dtype, device)
 lock = lock_run(out_dir) if rank == 0 else None
 all_sum(0)                                             # nobody goes on before rank 0 has the lock
 out, stop = Path(out_dir), StopSignal()
@@ -89,7 +88,7 @@ if has_checkpoint(out / 'ckpt') and not resume:
 resume = resume and has_checkpoint(out / 'ckpt')
 
 # derived values: the data
-tokenizer = AutoTokenizer.from_pretrained(llm)
+tokenizer = load_tokenizer(llm)
 template = Template(tokenizer, num_image_tokens, max_seq_len)
 ledger = Ledger(out / 'bad_samples.jsonl', max_bad_samples, active=rank == 0)
 rows = [template.caption(item) for item in read_llava(data_json, image_root, ledger, captions=True)]
@@ -103,8 +102,10 @@ train_rows, eval_rows, golden_rows = split()
 
 # model, and what is frozen
 seed_everything(seed, 'connector')
-vlm = load_vlm(llm, vision, {'num_image_tokens': num_image_tokens, 'width': connector_width, 'depth': connector_depth,
-                             'heads': connector_heads, 'vision_ln': vision_ln}, tower_layer, getattr(torch, dtype), device)
+model = {'llm': llm, 'vision': vision, 'tower_layer': tower_layer, 'shape': {
+    'num_image_tokens': num_image_tokens, 'width': connector_width, 'depth': connector_depth, 'heads': connector_heads,
+    'vision_ln': vision_ln}}
+vlm = load_vlm(**model, dtype=dtype, device=device)
 trainable = {name: p for name, p in vlm.named_parameters() if p.requires_grad}
 parts = {name.split('.')[1] for name in trainable}     # for the log: a gradient norm for each part of the connector
 frozen_sha = sha256_tensors((n, p) for n, p in vlm.named_parameters() if not p.requires_grad)
@@ -186,7 +187,7 @@ def caption(load, path, n):
     ids = complete_rows(vlm, load, [(r, r.labelled[0]) for r in rows], batch_size, max_new_tokens, [template.end], rank, world_size)
     captions = [text.strip() for text in tokenizer.batch_decode(ids, skip_special_tokens=True)]
     if rank == 0:
-        write_atomic(path, ''.join(json.dumps({'id': r.item.id, 'image': r.item.image, 'truth': r.item.turns[-1][1],
+        write_atomic(path, ''.join(json.dumps({'id': r.item.id, 'image': r.item.image, 'image_sha256': sha256_file(r.item.image), 'truth': r.item.turns[-1][1],
                                                'prediction': text}) + '\n' for r, text in zip(rows, captions)))
     return captions
 
@@ -214,8 +215,8 @@ while True:
                 contact_sheet(out / 'golden' / f'step_{step:06d}.png', [r.item.image for r in golden_rows], captions)
         if rank == 0 and step > first_step:
             save_checkpoint(out / 'ckpt', {'connector': vlm.connector.state_dict(), 'optimizer': optimizer.state_dict()}, {
-                'stage': 'a1', 'step': step, 'n_steps': n_steps, 'epoch_samples': epoch_samples, 'settings': config,
-                'frozen_sha256': frozen_sha, 'with_gradient': sorted(with_gradient)})
+                'stage': 'a1', 'model': model, 'step': step, 'n_steps': n_steps, 'epoch_samples': epoch_samples,
+                'settings': config, 'frozen_sha256': frozen_sha, 'with_gradient': sorted(with_gradient)})
         if rank == 0:
             write_atomic(out / 'status.json', json.dumps(
                 {'state': 'stopped' if stopped else 'running', 'step': step, 'n_steps': n_steps}))
@@ -247,7 +248,7 @@ while True:
                          f'is good. The samples of this step: {", ".join(ids[:8])} ... ({len(ids)})')
     if len(with_gradient) < len(trainable):
         with_gradient |= {n for n, p in trainable.items() if p.grad is not None and p.grad.any()}
-    for p in trainable.values():
+    for p in (p for p in trainable.values() if p.grad is not None):
         p.grad.mul_(min(1.0, grad_clip / (grad_norm + 1e-6)))
     optimizer.step()
     optimizer.zero_grad()

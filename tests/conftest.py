@@ -39,11 +39,15 @@ def tiny(tmp_path_factory):
     make_small.make_text(root / 'text', n_train=2000, n_eval=60)
     tokenizer = make_small.make_tokenizer(make_small.read_texts(root / 'text' / 'train.jsonl'), n_ids=500)
     torch.manual_seed(0)
-    Qwen3ForCausalLM(Qwen3Config(
+    llm = Qwen3ForCausalLM(Qwen3Config(
         vocab_size=512, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, head_dim=8, max_position_embeddings=512, tie_word_embeddings=True,
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, bos_token_id=None)
-    ).save_pretrained(root / 'llm')
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, bos_token_id=None))
+    ids = [i for text in make_small.read_texts(root / 'text' / 'train.jsonl') for i in tokenizer(text)['input_ids']]
+    rows = torch.tensor(ids[:len(ids) // 32 * 32]).view(-1, 32)
+    make_small.descend(llm, lambda step: llm(rows[step * 16:step * 16 + 16], labels=rows[step * 16:step * 16 + 16]).loss,
+                       n_steps=80, learning_rate=1e-2, title='tiny llm')   # some steps: a random model cannot be steered
+    llm.save_pretrained(root / 'llm')
     tokenizer.save_pretrained(root / 'llm')
     layers = {'hidden_size': 32, 'intermediate_size': 64, 'num_attention_heads': 2, 'num_hidden_layers': 2}
     SiglipModel(SiglipConfig(text_config={**layers, 'vocab_size': 512, 'bos_token_id': None, 'eos_token_id': 1},

@@ -1,0 +1,48 @@
+# The map of the stages. `make small-a` runs Track A from nothing; `make test` runs the tests. Each makes its own virtual
+# environment unless one is active. A finished stage is skipped, an interrupted one goes on where it was.
+
+ifdef VIRTUAL_ENV
+venv   :=
+python := python
+else
+venv   := .venv/ready
+python := .venv/bin/python
+endif
+
+.PHONY: small-a test proofs clean
+
+small-a: out/a1_small/done out/a11_small/done out/a2_small/done
+	$(python) gates.py out
+
+# stage 0 (the small world) is built by the configs that need it
+
+out/a1_small/done: $(venv)                # A1: connector alignment
+	$(python) train_a1.py configs/a1_small.py --resume=True
+	$(python) make_small.py --score=out/a1_small
+	touch $@
+
+out/a11_small/done: out/a1_small/done     # A1.1: stability sweep
+	$(python) sweep_a11.py configs/a11_small.py
+	touch $@
+
+out/a2_small/done: out/a1_small/done      # A2: visual instruction tuning
+	$(python) train_a2.py configs/a2_small.py --resume=True
+	$(python) make_small.py --score=out/a2_small
+	touch $@
+
+test: $(venv)                             # minutes; what CI runs
+	$(python) -m ruff check .
+	$(python) -m pytest -q -m 'not slow'
+
+proofs: $(venv)                           # the slow proofs: trains the small world for real
+	$(python) -m pytest -q -m slow
+
+.venv/ready: pyproject.toml
+	python3 -c 'import sys; sys.exit(f"Python {sys.version.split()[0]} is too old, wanted 3.11 or newer") if sys.version_info < (3, 11) else 0'
+	python3 -m venv .venv
+	.venv/bin/python -m pip install --quiet --upgrade pip
+	.venv/bin/python -m pip install --quiet '.[test]'
+	touch $@
+
+clean:                                    # everything that was made, but not the environment
+	rm -rf data/small out

@@ -1,0 +1,6 @@
+# Six short A1 runs of the small world, a fifth as long as a1_small, at five to twenty times a real connector's learning rates.
+# $ python sweep_a11.py configs/a11_small.py
+base_config = 'configs/a1_small.py'
+out_dir = 'out/a11_small'
+grid = {'learning_rate': [1e-3, 2e-3, 4e-3], 'vision_ln': [False, True]}
+overrides = {'epoch_samples': 7680, 'eval_every': 120, 'n_eval': 192, 'n_predictions': 0, 'gate_ablation_nats': 0.0}

@@ -1,0 +1,22 @@
+# The small world's A2: the aligned model learns to answer questions about a picture.
+# $ python train_a2.py configs/a2_small.py
+from make_small import ensure
+
+_small = ensure('instruct', 'text')
+data_json = f'{_small}/instruct/data.json'
+image_root = f'{_small}/instruct/images'
+align_dir = 'out/a1_small'
+text_jsonl = f'{_small}/text/eval.jsonl'
+out_dir = 'out/a2_small'
+max_seq_len = 256
+batch_size = 32
+rows_per_step = 32
+learning_rate = 5e-4
+lora_learning_rate = 1e-3
+epoch_samples = 12_800
+eval_every = 200
+n_eval = 256
+n_text = 256
+bucket_edges = (20, 45)        # these chats are short: thirds of them
+max_new_tokens = 48
+feature_cache = f'{_small}/features'
