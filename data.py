@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFile, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageDraw, ImageFile, ImageOps
 
 from common import write_atomic
 
@@ -41,21 +41,23 @@ def read_image(path, size, resample=3):
             with Image.open(path) as image:
                 if image.width * image.height > MAX_PIXELS:
                     raise BadSample(f'{path}: {image.width} x {image.height} pixels, wanted at most {MAX_PIXELS:,}')
-                image.load()
+                if image.format == 'PNG':
+                    image.verify()                     # the checksums, which decoding leaves out ...
+            with Image.open(path) as image:
+                image.load()                           # ... and the whole picture, which verify leaves out
                 image = ImageOps.exif_transpose(image)
-                if image.mode.startswith('I') or image.mode == 'F':   # 16-bit gray: PIL's own convert would clip at 255
+                if image.mode.startswith('I') or image.mode == 'F':   # PIL's own convert would clip 16-bit gray at 255
                     gray = np.asarray(image).astype(np.float64)
-                    image = Image.fromarray((gray / 257 if image.mode.startswith('I;16') or gray.max() > 255 else gray).clip(0, 255).round().astype(np.uint8))
+                    gray = gray / 257 if image.mode.startswith('I;16') or gray.max() > 255 else gray
+                    image = Image.fromarray(gray.clip(0, 255).round().astype(np.uint8))
                 if image.mode in ('RGBA', 'LA', 'PA') or 'transparency' in image.info:
                     image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image.convert('RGBA'))
                 image = image.convert('RGB')
                 if image.size != (size, size):
                     image = image.resize((size, size), Image.Resampling(resample))
-    except Image.DecompressionBombError as e:
-        raise BadSample(f'{path}: {e}')
     except FileNotFoundError:
         raise BadSample(f'{path}: no such image')
-    except (OSError, UnidentifiedImageError, SyntaxError, ValueError, EOFError) as e:
+    except Exception as e:                             # decoders fail in as many ways as files are damaged
         raise BadSample(f'{path}: not a whole image ({e})')
     return np.asarray(image).transpose(2, 0, 1).copy()
 
@@ -80,8 +82,7 @@ def contact_sheet(path, images, captions, columns=8, side=160, lines=6):
     pen = ImageDraw.Draw(sheet)
     for n, (image, text) in enumerate(zip(images, captions)):
         x, y = n % columns * (side + 8) + 4, n // columns * height + 4
-        with Image.open(image) as picture:
-            sheet.paste(picture.convert('RGB').resize((side, side)), (x, y))
+        sheet.paste(Image.fromarray(read_image(image, side).transpose(1, 2, 0)), (x, y))
         pen.text((x, y + side + 2), '\n'.join(textwrap.wrap(text, side // 6)[:lines]), fill='black')
     sheet.save(path)
 
@@ -113,7 +114,7 @@ def strict_json(path):
             return json.load(f, parse_constant=constant, object_pairs_hook=pairs)
     except OSError as e:
         raise SystemExit(f'{path}: cannot read the data set ({e.strerror}); set data_json to a LLaVA JSON file')
-    except ValueError as e:
+    except (ValueError, RecursionError) as e:
         raise SystemExit(f'{path}: not valid JSON: {e}')
 
 
@@ -124,7 +125,11 @@ def inside(root, name, where):
     if '://' in name or Path(name).is_absolute() or '..' in Path(name).parts:
         raise BadSample(f'{where}: image {name!r} leaves the image root, wanted a relative path without ..')
     path = Path(root) / name
-    if not path.resolve().is_relative_to(Path(root).resolve()):
+    try:
+        linked_out = not path.resolve().is_relative_to(Path(root).resolve())
+    except ValueError as e:
+        raise BadSample(f'{where}: image {name!r} is no file name ({e})')
+    if linked_out:
         raise BadSample(f'{where}: image {name!r} is a link out of the image root')
     return str(path)
 
@@ -156,7 +161,7 @@ def read_llava(path, image_root, ledger, captions=False):
                 turns = (('', turns[0][1]),)
             items.append(Item(str(record['id']), image, turns))
         except BadSample as e:
-            ledger.add(str(record.get('id', n)) if isinstance(record, dict) else str(n), e)
+            ledger.add(str(record.get('id', n)) if isinstance(record, dict) else str(n), e, key=n)
     if not items:
         raise SystemExit(f'{path}: no usable sample in it')
     return items
@@ -170,6 +175,10 @@ def read_turns(turns, image, where):
         if not all(isinstance(t, dict) and isinstance(t.get('value'), str) for t in (ask, answer)) \
                 or (ask.get('from'), answer.get('from')) != ('human', 'gpt'):
             raise BadSample(f'{where}: turns must alternate human and gpt, each with a "value"')
+        try:
+            (ask['value'] + answer['value']).encode()
+        except UnicodeEncodeError as e:
+            raise BadSample(f'{where}: a text that is not Unicode ({e.reason})')
         if not answer['value'].strip():
             raise BadSample(f'{where}: an empty answer')
         marks += ask['value'].count('<image>')
@@ -182,13 +191,15 @@ def read_turns(turns, image, where):
 class Ledger:
     """Samples that were left out, and why: bad_samples.jsonl. More than max_bad_samples of them is an error."""
     def __init__(self, path, max_bad_samples, active=True):
-        self.path, self.limit, self.active, self.ids = Path(path), max_bad_samples, active, set()
+        self.path, self.limit, self.active, self.keys = Path(path), max_bad_samples, active, set()
 
-    def add(self, id, reason):
-        if id in self.ids:
+    def add(self, id, reason, key=None):
+        """Enter a sample, once: key tells samples of one id apart."""
+        key = id if key is None else key
+        if key in self.keys:
             return
-        self.ids.add(id)
-        if len(self.ids) > self.limit:
+        self.keys.add(key)
+        if len(self.keys) > self.limit:
             raise SystemExit(f'{reason}; mend or remove it, or set max_bad_samples above {self.limit} to skip such samples')
         if self.active:
             with open(self.path, 'a') as f:
@@ -309,11 +320,13 @@ def split_rows(rows, n_eval, n_golden, edges, path, ledger, read):
     other or with train. Written to `path` the first time, with every id held out of training, and read from it afterwards.
     read(path) decodes an image: a held-out one has to be whole."""
     path, by_id = Path(path), {row.item.id: row for row in rows}
+    ids_sha256 = hashlib.sha256('\n'.join(sorted(by_id)).encode()).hexdigest()
     if path.exists():
         chosen = json.loads(path.read_text())
         gone = [i for name in ('eval', 'golden') for i in chosen[name] if i not in by_id]
-        if gone:
-            raise SystemExit(f'{path} names {gone[0]!r}, which the data set no longer has: remove the file to choose anew')
+        if gone or chosen['ids_sha256'] != ids_sha256:
+            found = f'names {gone[0]!r}, which the data set no longer has' if gone else 'was made for other samples'
+            raise SystemExit(f'{path} {found}: remove the file to choose anew, then train anew')
     else:
         keys = {}
         for row in rows:
@@ -327,7 +340,7 @@ def split_rows(rows, n_eval, n_golden, edges, path, ledger, read):
                 return row.item.image is None or read(row.item.image) is not None
             except BadSample as e:
                 ledger.add(row.item.id, e)
-        chosen, used = {}, set()
+        chosen, used = {'ids_sha256': ids_sha256}, set()
         for name, n in ('golden', n_golden), ('eval', n_eval):
             chosen[name] = []
             for bucket, share in enumerate(balanced(n)):

@@ -268,8 +268,8 @@ def write(records, form):
     return form['lead'] + form['join'].join(map(one, records)) + form['tail']
 
 
-def random_records(rng, most=4):
-    return [{k: word(k, rng) for k in BEFORE} for _ in range(int(rng.integers(1, most + 1)))]
+def random_records(rng):
+    return [{k: word(k, rng) for k in BEFORE} for _ in range(choose(rng, (1, 1, 1, 2, 2, 3)))]
 
 
 LINKS = (' is at the ', ' is in the ', ' sits at the ', ' lies in the ', ', ', ' - ', ': ', ' (now) at the ', ' goes to the ')
@@ -291,15 +291,15 @@ def english(records, rng):
 
     parts = [one(r) for r in records]
     if rng.random() < 0.3:
-        other = random_records(rng, 1)[0]
+        other = random_records(rng)[0]
         parts[0] = f"{name(records[0])} is {records[0]['rel']} {name(other)}"
     tint = word('colour', rng)
     return choose(rng, OPENS).format(tint) + join.join(parts) + choose(rng, CLOSES).format(tint)
 
 
 def text_document(rng):
-    kind = choose(rng, 6 * ['rewrite'] + 3 * ['copy'] + 2 * ['english', 'answer'] + ['form', 'same form', 'sentence', 'story',
-                                                                              'count', 'chat'])
+    kind = choose(rng, 10 * ['rewrite'] + 3 * ['answer'] + ['copy', 'english', 'english', 'form', 'same form', 'sentence',
+                                                            'story', 'count', 'chat'])
     records = random_records(rng)
     if kind == 'form':
         return write(records, random_form(rng))
@@ -313,7 +313,7 @@ def text_document(rng):
         return write(records, bare) + choose(rng, (' -> ', '\n', ' = ', ' so ')) + words
     if kind == 'same form':                            # what the first lines show, the next lines keep up
         form = random_form(rng)
-        return '\n'.join(write(random_records(rng, 2), form) for _ in range(3))
+        return '\n'.join(write(random_records(rng), form) for _ in range(3))
     if kind == 'copy':                                 # said twice or more: what makes a model look back
         line = ' '.join(word(choose(rng, BEFORE), rng) for _ in range(int(rng.integers(3, 10))))
         return choose(rng, ('copy: ', 'say: ', 'again: ', '')) + choose(rng, (' -> ', ' = ', ' | ', '\n')).join(

@@ -24,7 +24,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from transformers.utils import cached_file, logging
 
-from common import all_gather, all_sum, sha256_tensors
+from common import all_gather, all_sum, sha256_tensors, write_atomic
 from data import BadSample
 
 # -----------------------------------------------------------------------------
@@ -41,6 +41,15 @@ def check_loaded(path, info, ignore=()):
         if keys:
             raise SystemExit(f'{path} {what} weights: {", ".join(map(str, sorted(keys)[:3]))} ({len(keys)} in all); '
                              'wanted a complete checkpoint of this class')
+
+
+def pretrained(cls, path, **how):
+    """cls.from_pretrained with weights that are all there, or one clear line."""
+    try:
+        model, info = cls.from_pretrained(path, output_loading_info=True, ignore_mismatched_sizes=True, **how)
+    except Exception as e:                             # missing, cut or foreign files raise all kinds
+        raise SystemExit(f'{path}: cannot load its weights ({str(e).strip().splitlines()[0]}); wanted a whole Hugging Face checkpoint')
+    return model, info
 
 
 def load_config(path):
@@ -60,7 +69,7 @@ def load_llm(path, dtype=torch.float32):
     config = load_config(path)
     if config.model_type != 'qwen3':
         raise SystemExit(f'{path}: model_type is {config.model_type!r}, wanted qwen3')
-    llm, info = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation='rows', output_loading_info=True)
+    llm, info = pretrained(AutoModelForCausalLM, path, dtype=dtype, attn_implementation='rows')
     check_loaded(path, info)
     return llm.eval().requires_grad_(False)
 
@@ -113,7 +122,7 @@ def load_tower(path, layer=-1, dtype=torch.float32):
     if config.model_type not in ('siglip', 'siglip_vision_model'):
         raise SystemExit(f'{path}: model_type is {config.model_type!r}, wanted siglip (fixed resolution; NaFlex is not supported)')
     config = getattr(config, 'vision_config', config)
-    model, info = SiglipVisionModel.from_pretrained(path, config=config, dtype=dtype, output_loading_info=True)
+    model, info = pretrained(SiglipVisionModel, path, config=config, dtype=dtype)
     check_loaded(path, info, ignore=('text_model.', 'logit_'))
     prepare = image_settings(path)
     return Tower(model, layer, prepare['mean'], prepare['std'])
@@ -288,25 +297,28 @@ def cache_features(folder, tower, paths, read, device, batch_size=64):
     processes that want the same one wait for each other. Images that cannot be read are left out.
     """
     paths = sorted({str(p) for p in paths if Path(p).is_file()})
-    key = hashlib.sha256(sha256_tensors(tower.state_dict().items()).encode() + f'{tower.layer}'.encode())
+    key = hashlib.sha256(sha256_tensors([*tower.state_dict().items(), ('mean', tower.mean), ('std', tower.std)]).encode())
+    key.update(f'{tower.layer} {getattr(read, "keywords", None)}'.encode())
     for path in paths:
         key.update(Path(path).read_bytes())
     file = Path(folder) / f'features-{key.hexdigest()[:24]}.npy'
     file.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f'{file}.lock'):
         if not file.exists():
-            beside = file.with_suffix('.tmp')
+            beside, broken = file.with_suffix('.tmp'), []
             table = np.lib.format.open_memmap(beside, 'w+', np.float16, (len(paths), tower.side ** 2, tower.width))
             for start in tqdm(range(0, len(paths), batch_size), 'tower features', disable=None):
-                whole = [(k, pixels) for k in range(start, min(start + batch_size, len(paths)))
-                         if (pixels := read_or_none(read, paths[k])) is not None]
+                pixels = {k: read_or_none(read, paths[k]) for k in range(start, min(start + batch_size, len(paths)))}
+                broken += [k for k, p in pixels.items() if p is None]
+                whole = [k for k, p in pixels.items() if p is not None]
                 if whole:
-                    features = tower(torch.from_numpy(np.stack([p for _, p in whole])).to(device))
-                    table[[k for k, _ in whole]] = features.to(torch.float16).cpu().numpy()
+                    features = tower(torch.from_numpy(np.stack([pixels[k] for k in whole])).to(device))
+                    table[whole] = features.to(torch.float16).cpu().numpy()
             table.flush()
+            write_atomic(file.with_suffix('.json'), json.dumps({'broken': broken}))
             beside.replace(file)
-    table = np.load(file, mmap_mode='r')
-    return {path: table[k] for k, path in enumerate(paths)}
+    table, broken = np.load(file, mmap_mode='r'), set(json.loads(file.with_suffix('.json').read_text())['broken'])
+    return {path: table[k] for k, path in enumerate(paths) if k not in broken}
 
 
 def read_or_none(read, path):

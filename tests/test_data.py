@@ -71,7 +71,6 @@ def test_a_png_with_a_flipped_byte_is_refused(tmp_path, where):
     one_line(e.value, path, 'not a whole image')
 
 
-@pytest.mark.xfail(strict=True, reason='PIL checks no CRC of pixel data: flips near its end pass unseen')
 def test_no_flipped_byte_of_a_png_changes_pixels_unseen(tmp_path):
     path = save(tmp_path / 'a.png', noise())
     raw, whole, wrong = path.read_bytes(), read_image(path, 16), []
@@ -84,7 +83,6 @@ def test_no_flipped_byte_of_a_png_changes_pixels_unseen(tmp_path):
     assert wrong == []
 
 
-@pytest.mark.xfail(strict=True, raises=struct.error, reason='exif_transpose raises struct.error and others')
 def test_a_jpeg_with_damaged_exif_gives_its_pixels_or_one_line(tmp_path):
     width_as_text = struct.pack('<HHI4s', 256, 2, 1, b'x\0\0\0')
     turned = struct.pack('<HHIHH', 274, 3, 1, 6, 0)
@@ -130,8 +128,8 @@ def test_a_palette_picture_gives_its_colours(tmp_path, how, middle, last):
 
 
 def test_sixteen_bit_gray_is_scaled_and_not_clipped(tmp_path):
-    Image.fromarray(np.array([[0, 257], [40 * 257, 65535]], np.uint16)).save(tmp_path / 'a.png')
-    assert read_image(tmp_path / 'a.png', 2)[1].tolist() == [[0, 1], [40, 255]]
+    Image.fromarray(np.array([[0, 257], [200 * 257, 65535]], np.uint16)).save(tmp_path / 'a.png')
+    assert read_image(tmp_path / 'a.png', 2)[1].tolist() == [[0, 1], [200, 255]]
 
 
 @pytest.mark.parametrize('orientation, top, left', [
@@ -144,7 +142,6 @@ def test_an_exif_rotated_picture_is_turned_upright(tmp_path, orientation, top, l
     assert colours(tmp_path / 'a.png', 2) == (top, left)
 
 
-@pytest.mark.xfail(strict=True, reason='contact_sheet converts by itself: clips 16-bit gray, ignores EXIF')
 def test_the_contact_sheet_shows_pictures_as_the_model_sees_them(tmp_path):
     Image.fromarray(np.full((8, 8), 40 * 257, np.uint16)).save(tmp_path / 'a.png')
     data.contact_sheet(tmp_path / 'sheet.png', [str(tmp_path / 'a.png')], ['a dark square'], side=16)
@@ -207,7 +204,6 @@ def test_a_bad_sample_is_left_out_and_the_ledger_says_why(tmp_path, sample, says
     one_line(line['reason'], tmp_path / 'data.json', 'sample 1', says)
 
 
-@pytest.mark.xfail(strict=True, reason='inside() lets the ValueError of Path.resolve through; a text is not looked at')
 @pytest.mark.parametrize('sample', [record(image='a\0.png'), record(image='\ud800.png'), record(answer='a \ud800 dot')],
                          ids=['NUL in a path', 'half a surrogate pair in a path', 'half a surrogate pair in an answer'])
 def test_text_that_no_file_system_or_tokenizer_takes_is_a_bad_sample(tmp_path, sample):
@@ -224,8 +220,7 @@ def test_a_caption_without_an_image_is_a_bad_sample(tmp_path):
     ('[{"id": NaN}]', 'NaN is not JSON'), ('[{"id": -Infinity}]', '-Infinity is not JSON'),
     ('[{"id": 1, "id": 2}]', "'id' stands twice"), ('{"id": 1}', 'wanted a list'), ('[{"id": 1}', 'not valid JSON'),
     ('', 'not valid JSON'), ('[]', 'no usable sample'),
-    pytest.param('[' * 100_000, 'not valid JSON', marks=pytest.mark.xfail(
-        strict=True, raises=RecursionError, reason='strict_json lets RecursionError through'), id='too deep')])
+    pytest.param('[' * 100_000, 'not valid JSON', id='too deep')])
 def test_a_broken_data_set_ends_the_run_with_one_line(tmp_path, text, says):
     (tmp_path / 'data.json').write_text(text)
     with pytest.raises(SystemExit) as e:
@@ -250,7 +245,6 @@ def test_with_a_limit_of_two_two_bad_samples_are_noted_and_a_third_ends_the_run(
     one_line(e.value, 'id bad2', 'max_bad_samples above 2')
 
 
-@pytest.mark.xfail(strict=True, reason='Ledger.add counts ids: one that stands four times counts once')
 def test_every_duplicate_of_one_id_counts_against_the_limit(tmp_path):
     with pytest.raises(SystemExit):
         read(tmp_path, *[record('good')] * 4, limit=2)
@@ -400,7 +394,6 @@ def test_a_split_is_refused_when_an_item_of_it_has_gone(tmp_path):
     one_line(e.value, tmp_path / 'split.json', repr(gone.item.id), 'remove the file')
 
 
-@pytest.mark.xfail(strict=True, reason='split.json knows ids only, not what pictures they hold out')
 def test_a_split_is_refused_when_a_sample_has_come_that_may_show_a_held_out_picture(tmp_path):
     rows = make_rows(tmp_path, 60)
     held_out = split(rows, tmp_path)[1][0]
