@@ -30,9 +30,11 @@ def init_ranks(device='auto'):
         raise SystemExit(f'device = {device!r}: wanted auto, cpu or cuda')
     if kind == 'cuda':
         if not torch.cuda.is_available():
-            raise SystemExit(f'device = {device!r}, but this machine shows no CUDA device: set device = "cpu" or "auto"')
+            raise SystemExit(f'device = {device!r}, but this machine shows no CUDA device: '
+                             'set device = "cpu" or "auto"')
         if local_rank >= torch.cuda.device_count():
-            raise SystemExit(f'rank {local_rank} has no GPU: this machine shows {torch.cuda.device_count()}; lower --nproc_per_node')
+            raise SystemExit(f'rank {local_rank} has no GPU: this machine shows {torch.cuda.device_count()}; '
+                             'lower --nproc_per_node')
         device = f'cuda:{local_rank}' if world_size > 1 or device == 'cuda' else device
         torch.cuda.set_device(device)
     if world_size > 1 and not dist.is_initialized():
@@ -81,8 +83,8 @@ def reduce_gradients(parameters):
 
 
 def seed_everything(*key):
-    """Seed torch, numpy and random from a key such as (seed, step, rank). Called anew each step, it makes dropout a function
-    of the step, and a checkpoint needs no generator state."""
+    """Seed torch, numpy and random from a key such as (seed, step, rank). Called anew each step, it makes dropout a
+    function of the step, and a checkpoint needs no generator state."""
     n = int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:4], 'big')
     random.seed(n)
     np.random.seed(n)
@@ -117,7 +119,7 @@ def sync_folder(folder):
 
 
 def write_atomic(path, text):
-    """Write a text file beside its place, flush it to the disk, and rename it: readers see the old or the new, never half."""
+    """Write a text file beside its place, flush it to disk, rename it: readers see the old or the new, never half."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(path.name + '.tmp')
@@ -129,9 +131,10 @@ def write_atomic(path, text):
 
 
 def save_checkpoint(folder, tensors, meta):
-    """Write `folder`/{meta.json, <name>.pt ...} with a sha256 manifest; the checkpoint that was there becomes `folder`.prev.
+    """Write `folder`/{meta.json, <name>.pt ...} with a sha256 manifest; the one that was there becomes `folder`.prev.
 
-    tensors: {name: what torch.save takes, loadable with weights_only=True}; meta: JSON-able. Written beside, fsynced, renamed.
+    tensors: {name: what torch.save takes, loadable with weights_only=True}; meta: JSON-able. Written beside, fsynced,
+    renamed.
     """
     folder = Path(folder)
     beside, previous = folder.with_name(folder.name + '.tmp'), folder.with_name(folder.name + '.prev')
@@ -174,19 +177,20 @@ def load_checkpoint(folder, map_location='cpu'):
     """
     folder, reasons = Path(folder), []
     candidates = [folder.with_name(folder.name + end) for end in ('', '.prev', '.tmp')]
-    for candidate in candidates if candidates[2].exists() else candidates[:2]:   # .tmp: whole, if killed while moving it
+    for candidate in candidates if candidates[2].exists() else candidates[:2]:   # .tmp: whole, if killed while moving
         wrong = damage(candidate)
         if wrong is None:
             if reasons:
                 print(f'{reasons[0]}: using {candidate}', file=sys.stderr)
-            tensors = {p.stem: torch.load(p, map_location=map_location, weights_only=True) for p in candidate.glob('*.pt')}
+            tensors = {p.stem: torch.load(p, map_location=map_location, weights_only=True)
+                       for p in candidate.glob('*.pt')}
             return tensors, json.loads((candidate / 'meta.json').read_text()), candidate
         reasons.append(f'{candidate}: {wrong}')
     raise SystemExit('no whole checkpoint: ' + '; '.join(reasons))
 
 
-FREE_ON_RESUME = {'resume', 'batch_size', 'out_dir', 'device', 'feature_cache', 'workers', 'log_every', 'max_bad_samples',
-                  'allow_failed_gates', 'tensorboard', 'epoch_samples', 'epoch_minutes'}
+FREE_ON_RESUME = {'resume', 'batch_size', 'out_dir', 'device', 'feature_cache', 'workers', 'log_every',
+                  'max_bad_samples', 'allow_failed_gates', 'tensorboard', 'epoch_samples', 'epoch_minutes'}
 
 
 def check_resumable(meta, settings, frozen_sha256, folder):
@@ -253,8 +257,8 @@ def provenance():
 
 
 class Log:
-    """out_dir/log.jsonl, one JSON object a line. On resume the records after the checkpoint's step are dropped, so that the
-    log of a resumed run has the lines of an uninterrupted one."""
+    """out_dir/log.jsonl, one JSON object a line. On resume the records after the checkpoint's step are dropped, so that
+    the log of a resumed run has the lines of an uninterrupted one."""
     def __init__(self, path, resume_step=None, active=True):
         self.path, self.active = Path(path), active
         if not active:
@@ -287,6 +291,6 @@ def peak_memory_mb(device):
 
 
 def epoch_samples_for(epoch_minutes, step_seconds, rows_per_step):
-    """How many samples one epoch of epoch_minutes holds, from the median of measured step times, a whole number of steps."""
+    """How many samples one epoch of epoch_minutes holds, from the median of measured step times, in whole steps."""
     steps = max(1, int(epoch_minutes * 60 / float(np.median(step_seconds))))
     return steps * rows_per_step

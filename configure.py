@@ -3,9 +3,10 @@ Settings: the bare globals at the top of a script, overridden in order by config
 
     config = configure(globals())
 
-A setting is a lower-case global that holds a literal; CAPITALS, functions, classes and _names are not settings. A config
-file is Python, run on a scratch copy of the settings: it may compute, import and call. Only names that the script has can
-be set, and the type must stay the same (an int will do for a float). Config files are code: run only your own.
+A setting is a lower-case global that holds a literal; CAPITALS, functions, classes and _names are not settings. A
+config file is Python, run on a scratch copy of the settings: it may compute, import and call. Only names that the
+script has can be set, and the type must stay the same (an int will do for a float). Config files are code: run only
+your own.
 """
 import ast
 import copy
@@ -22,8 +23,8 @@ TYPES = (bool, int, float, str, tuple, list, dict, type(None))
 def configure(namespace, argv=None):
     """Override the settings in `namespace` (a script's globals()) from the command line; returns them as a dict.
 
-    argv: config files (*.py) and --key=value, later ones win; sys.argv[1:] by default. --help prints the settings and exits.
-    Raises SystemExit with one line, `configs/a1.py:2: no setting is called ...`, for a wrong name, type or file.
+    argv: config files (*.py) and --key=value, later ones win; sys.argv[1:] by default. --help prints the settings and
+    exits. Raises SystemExit with one line, `configs/a1.py:2: no setting is called ...`, for a wrong name, type or file.
     """
     argv = sys.argv[1:] if argv is None else argv
     settings = {k: v for k, v in namespace.items() if k.islower() and k[0] != '_' and isinstance(v, TYPES)}
@@ -97,7 +98,8 @@ def checked(key, value, settings, where):
     if key not in settings:
         near = difflib.get_close_matches(key, settings, 1)
         raise SystemExit(f'{where}: no setting is called {key!r}' + (
-            f', did you mean {near[0]!r}?' if near else f"; see --help, and call a config file's own names like {'_' + key!r}"))
+            f', did you mean {near[0]!r}?' if near else
+            f"; see --help, and call a config file's own names like {'_' + key!r}"))
     wanted = type(settings[key])
     if wanted is float and type(value) is int:
         return float(value)

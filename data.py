@@ -9,6 +9,7 @@ import textwrap
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from PIL import Image, ImageDraw, ImageFile, ImageOps
 
 from common import write_atomic
 
-MAX_PIXELS = 64_000_000                                # about 8,000 x 8,000; PIL's own limit only warns below twice 89 M
+MAX_PIXELS = 64_000_000                                # about 8,000 x 8,000; PIL's limit only warns below twice 89 M
 ImageFile.LOAD_TRUNCATED_IMAGES = False
 
 # -----------------------------------------------------------------------------
@@ -25,15 +26,15 @@ ImageFile.LOAD_TRUNCATED_IMAGES = False
 
 
 class BadSample(SystemExit):
-    """A sample that cannot be used: one line that names the file and says what is wrong with it. Uncaught, it ends the run
-    with that line."""
+    """A sample that cannot be used: one line that names the file and says what is wrong with it. Uncaught, it ends the
+    run with that line."""
 
 
 def read_image(path, size, resample=3):
     """Picture file -> uint8 (3, size, size), RGB, upright, resized as the tower's processor does.
 
-    EXIF rotation is applied; transparency is laid on white; palettes and 16-bit gray are converted. The file is decoded to
-    its end, so a truncated one is noticed. Raises BadSample with one line.
+    EXIF rotation is applied; transparency is laid on white; palettes and 16-bit gray are converted. The file is decoded
+    to its end, so a truncated one is noticed. Raises BadSample with one line.
     """
     try:
         with warnings.catch_warnings():
@@ -75,6 +76,8 @@ def image_reader(read, cache=None):
 
 def contact_sheet(path, images, captions, columns=8, side=160, lines=6):
     """One PNG of all pictures with their captions below."""
+    if not images:
+        return
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     height = side + 12 * lines + 6
@@ -93,7 +96,7 @@ def contact_sheet(path, images, captions, columns=8, side=160, lines=6):
 
 @dataclass(frozen=True)
 class Item:
-    """One sample: an image path (or None) and its turns, [(what is asked, what is answered)]; a caption is asked nothing."""
+    """One sample: an image path (or None) and its turns, [(what is asked, what is answered)]; captions ask nothing."""
     id: str
     image: str | None
     turns: tuple
@@ -137,7 +140,8 @@ def inside(root, name, where):
 def read_llava(path, image_root, ledger, captions=False):
     """LLaVA JSON -> [Item]. captions: the human turn of LLaVA-Pretrain is a prompt that is not used.
 
-    [{"id", "image"?, "conversations": [{"from": "human", "value": "<image>\\n..."}, {"from": "gpt", "value": "..."}, ...]}]
+    [{"id", "image"?, "conversations": [{"from": "human", "value": "<image>\\n..."},
+                                        {"from": "gpt", "value": "..."}, ...]}]
     What is wrong with one sample goes to the ledger, which says when it is too much.
     """
     records = strict_json(path)
@@ -200,7 +204,8 @@ class Ledger:
             return
         self.keys.add(key)
         if len(self.keys) > self.limit:
-            raise SystemExit(f'{reason}; mend or remove it, or set max_bad_samples above {self.limit} to skip such samples')
+            raise SystemExit(f'{reason}; mend or remove it, or set max_bad_samples above {self.limit} '
+                             'to skip such samples')
         if self.active:
             with open(self.path, 'a') as f:
                 f.write(json.dumps({'id': id, 'reason': str(reason)}) + '\n')
@@ -212,7 +217,7 @@ class Ledger:
 
 @dataclass(frozen=True)
 class Row:
-    """One sample as ids. labelled: places whose id is a label (predicted from the place before). image_at: first pad, or -1."""
+    """One sample as ids. labelled: places whose id is a label (predicted one before); image_at: first pad, or -1."""
     item: Item
     ids: np.ndarray                    # int32
     labelled: np.ndarray               # int32
@@ -224,7 +229,7 @@ class Row:
 
 
 class Template:
-    """How a sample becomes ids. The markers are looked up once; text is encoded so that markers typed in it stay plain text."""
+    """How a sample becomes ids. Markers are looked up once; text is encoded so that markers typed in it stay plain."""
     def __init__(self, tokenizer, num_image_tokens, max_seq_len):
         self.tokenizer, self.n, self.max_seq_len = tokenizer, num_image_tokens, max_seq_len
         names = ('<|vision_start|>', '<|vision_end|>', '<|image_pad|>', '<|im_start|>', '<|im_end|>')
@@ -253,7 +258,7 @@ class Template:
         return self.cut(item, ids, range(first, len(ids)), 1)
 
     def chat(self, item):
-        """ChatML without a system turn, the image block at the start of the first user turn; labels: answers and their ends."""
+        """ChatML without a system turn, the image block first in the first user turn; labels: answers and ends."""
         ids, labelled, image_at = [], [], -1
         newline = self.encode('\n')
         for n, (ask, answer) in enumerate(item.turns):
@@ -288,7 +293,8 @@ def read_texts(path):
         with open(path) as f:
             texts = [json.loads(line)['text'] for line in f if line.strip()]
     except OSError as e:
-        raise SystemExit(f'{path}: cannot read this text file ({e.strerror}); set text_jsonl to lines of {{"text": ...}}')
+        raise SystemExit(f'{path}: cannot read this text file ({e.strerror}); '
+                         'set text_jsonl to lines of {"text": ...}')
     except (ValueError, KeyError, TypeError) as e:
         raise SystemExit(f'{path}: wanted lines of {{"text": ...}}, found one that is not ({e})')
     if not texts:
@@ -316,9 +322,9 @@ def bucket_of(n_labels, edges):
 
 
 def split_rows(rows, n_eval, n_golden, edges, path, ledger, read):
-    """(train, eval, golden) rows. eval and golden are balanced over the three length buckets and share no media with each
-    other or with train. Written to `path` the first time, with every id held out of training, and read from it afterwards.
-    read(path) decodes an image: a held-out one has to be whole."""
+    """(train, eval, golden) rows. eval and golden are balanced over the three length buckets and share no media with
+    each other or with train. Written to `path` the first time, with every id held out of training, and read from it
+    afterwards. read(path) decodes an image: a held-out one has to be whole."""
     path, by_id = Path(path), {row.item.id: row for row in rows}
     ids_sha256 = hashlib.sha256('\n'.join(sorted(by_id)).encode()).hexdigest()
     if path.exists():
@@ -357,8 +363,8 @@ def split_rows(rows, n_eval, n_golden, edges, path, ledger, read):
     held_out = set(chosen['held_out'])
     train = [row for row in rows if row.item.id not in held_out]
     if not train or len(chosen['eval']) < 8:
-        raise SystemExit(f'{len(rows)} samples leave {len(train)} to train on and {len(chosen["eval"])} of {n_eval} to evaluate on: '
-                         'add data or lower n_eval and n_golden')
+        raise SystemExit(f'{len(rows)} samples leave {len(train)} to train on and {len(chosen["eval"])} of {n_eval} '
+                         'to evaluate on: add data or lower n_eval and n_golden')
     return train, [by_id[i] for i in chosen['eval']], [by_id[i] for i in chosen['golden']]
 
 
@@ -412,21 +418,24 @@ def collate(rows, images, num_image_tokens):
     kept = [image for image in images if image is not None]
     as_tensor = torch.from_numpy
     return Batch(
-        input_ids=as_tensor(ids), position_ids=as_tensor(np.concatenate([np.arange(n) for n in lengths])), rows=as_tensor(table),
+        input_ids=as_tensor(ids), rows=as_tensor(table),
+        position_ids=as_tensor(np.concatenate([np.arange(n) for n in lengths])),
         slots=as_tensor(np.concatenate([b * longest + np.arange(n) for b, n in enumerate(lengths)])),
-        image_positions=as_tensor(np.concatenate([start + r.image_at + np.arange(num_image_tokens) for start, r in with_image]
-                                                 or [np.zeros(0, np.int64)])),
+        image_positions=as_tensor(np.concatenate(
+            [start + r.image_at + np.arange(num_image_tokens) for start, r in with_image] or [np.zeros(0, np.int64)])),
         label_positions=as_tensor(places - 1), labels=as_tensor(ids[places]),
         label_rows=as_tensor(np.concatenate([np.full(len(p), b) for b, p in enumerate(labelled)])),
         images=as_tensor(np.stack(kept)) if kept else None, n_labels=len(places), ids=[r.item.id for r in rows])
 
 
-def row_order(n, row, seed, cache={}):                 # noqa: B006  the cache is meant to last
+@lru_cache(maxsize=4)
+def epoch_order(n, epoch, seed):
+    return np.random.default_rng([seed, epoch]).permutation(n)
+
+
+def row_order(n, row, seed):
     """Which of n samples row number `row` of the run is: a new permutation each epoch, a function of (seed, row)."""
-    epoch = row // n
-    if cache.get('key') != (n, epoch, seed):
-        cache.update(key=(n, epoch, seed), order=np.random.default_rng([seed, epoch]).permutation(n))
-    return int(cache['order'][row % n])
+    return int(epoch_order(n, row // n, seed)[row % n])
 
 
 class Loader:
@@ -439,7 +448,7 @@ class Loader:
         self.pool, self.ahead = ThreadPoolExecutor(workers), ThreadPoolExecutor(1)
 
     def step_rows(self, step, rows_per_step):
-        """The rows of a global step, longest first: micro-batches hold rows of like length, and memory peaks at once."""
+        """The rows of a global step, longest first: micro-batches hold rows of like length; memory peaks at once."""
         first = step * rows_per_step
         chosen = [self.rows[row_order(len(self.rows), r, self.seed)] for r in range(first, first + rows_per_step)]
         return sorted(chosen, key=len, reverse=True)

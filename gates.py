@@ -46,28 +46,31 @@ def exactly(name, value, wanted):
 def ablation(name, better, worse, counts, bar=0.0, min_win=0.0, n_bootstrap=2000):
     """Is the loss `worse` above `better` by more than `bar` nats a label, with 95 % confidence over the items?
 
-    better, worse: summed loss of each item under the two conditions; counts: labels of each item. The difference is token
-    weighted, sum / count, and bootstrapped over items. Returns (Gate, {'d', 'low', 'high', 'win'}); win: share of items in
-    which worse > better. Too few items (under 8) or a NaN fail.
+    better, worse: summed loss of each item under the two conditions; counts: labels of each item. The difference is
+    token weighted, sum / count, and bootstrapped over items. Returns (Gate, {'d', 'low', 'high', 'win'}); win: share of
+    items in which worse > better. Too few items (under 8) or a NaN fail.
     """
     better, worse, counts = (np.asarray(x, dtype=np.float64) for x in (better, worse, counts))
     difference, n = worse - better, len(counts)
     if n == 0 or counts.sum() == 0:
-        return Gate(name, math.nan, 'items to measure on', False), {'d': math.nan, 'low': math.nan, 'high': math.nan, 'win': math.nan}
+        nothing = {'d': math.nan, 'low': math.nan, 'high': math.nan, 'win': math.nan}
+        return Gate(name, math.nan, 'items to measure on', False), nothing
     picks = np.random.default_rng(0).integers(n, size=(n_bootstrap, n))
     samples = difference[picks].sum(1) / np.maximum(counts[picks].sum(1), 1)
     low, high = np.quantile(samples, [0.025, 0.975])
     measured = {'d': difference.sum() / counts.sum(), 'low': low, 'high': high, 'win': float((worse > better).mean())}
     measured = {k: round(float(v), 5) for k, v in measured.items()}
     passed = bool(n >= 8 and low > bar and (worse > better).mean() >= min_win)
-    wanted = ('' if n >= 8 else f'{n} items, wanted 8; ') + f'95 % interval above {bar:g}' + (f', win >= {min_win:g}' if min_win else '')
+    wanted = ('' if n >= 8 else f'{n} items, wanted 8; ') + f'95 % interval above {bar:g}'
+    wanted += f', win >= {min_win:g}' if min_win else ''
     return Gate(name, measured['d'], f"{wanted}; [{low:.3f}, {high:.3f}], win {measured['win']:.3f}", passed), measured
 
 
 def trained_set(declared, trainable, with_gradient, before, after):
-    """The three gates on what was trained: declared, trainable and with_gradient are sets of names; before and after the
-    sha256 of everything frozen."""
-    return [exactly('parameters trained but not declared, or declared but not trained', len(set(declared) ^ set(trainable)), 0),
+    """The three gates on what was trained: declared, trainable and with_gradient are sets of names; before and after
+    the sha256 of everything frozen."""
+    return [exactly('parameters trained but not declared, or declared but not trained',
+                    len(set(declared) ^ set(trainable)), 0),
             exactly('trained parameters without a gradient', len(set(trainable) - set(with_gradient)), 0),
             exactly('frozen weights changed (sha256)', int(before != after), 0)]
 
@@ -83,12 +86,13 @@ def conclude(out_dir, gates, **measured):
     record = {'passed': passed, 'gates': [g._asdict() for g in gates], **measured}
     write_atomic(Path(out_dir) / 'gates.json', json.dumps(record, indent=1))
     failed = [g.name for g in gates if not g.passed] or ['no gate was measured']
-    print(table(gates) + f"\n{out_dir}: " + (f'{len(gates)} gates passed' if passed else f'FAILED at: {"; ".join(failed)}'))
+    verdict = f'{len(gates)} gates passed' if passed else f'FAILED at: {"; ".join(failed)}'
+    print(table(gates) + f'\n{out_dir}: {verdict}')
     return 0 if passed else 1
 
 
 def curves(log, png):
-    """Draw a training log: the loss, and on held-out items the loss with the right image, another one, zeros and noise."""
+    """Draw a training log: the loss, and that on held-out items with the right image, another one, zeros and noise."""
     import matplotlib
     matplotlib.use('Agg')
     import matplotlib.pyplot as plt
@@ -113,7 +117,8 @@ def require_passed(folder, allow_failed_gates):
         problem = 'has no gates.json: its stage did not finish'
     else:
         record = json.loads(path.read_text())
-        failed = [g['name'] for g in record['gates'] if not g['passed']] or ['no gate was measured'] * (not record['passed'])
+        failed = [g['name'] for g in record['gates'] if not g['passed']]
+        failed = failed or ['no gate was measured'] * (not record['passed'])
         if failed:
             problem = f'failed its gate "{failed[0]}"' + (f' and {len(failed) - 1} more' if len(failed) > 1 else '')
     if problem and not allow_failed_gates:

@@ -32,6 +32,7 @@ ROOT = Path(__file__).resolve().parent / 'data' / 'small'
 # the world: scenes, how they are drawn, and how they are read back from pixels
 
 Thing = namedtuple('Thing', 'size colour shape place')
+Named = namedtuple('Named', 'id')                      # an item of which only the id matters
 Scene = namedtuple('Scene', 'things background')       # things in reading order of their places
 
 SIZES = {'small': 6.5, 'big': 11.5}                    # half the extent, in pixels of a 64 x 64 picture
@@ -41,7 +42,7 @@ COLOURS = {'red': (220, 40, 40), 'green': (40, 170, 60), 'blue': (45, 75, 225),
 BACKGROUNDS = {'black': (15, 15, 15), 'white': (243, 243, 243), 'gray': (128, 128, 128), 'brown': (112, 70, 30)}
 PLACES = {'top left': (16, 16), 'top right': (48, 16), 'bottom left': (16, 48), 'bottom right': (48, 48)}
 NUMBERS = ('zero', 'one', 'two', 'three')
-PIXELS, PATCH = 64, 16                                 # 4 x 4 patches: with 8 x 8 of 8 the tower costs four times as much
+PIXELS, PATCH = 64, 16                                 # 4 x 4 patches: with 8 x 8 the tower costs four times as much
 
 
 def choose(rng, options):
@@ -52,7 +53,8 @@ def choose(rng, options):
 def random_scene(rng, n_things=None):
     n_things = n_things or choose(rng, (1, 2, 2, 2, 3, 3, 3))
     places = sorted(rng.permutation(4)[:n_things])
-    things = tuple(Thing(choose(rng, SIZES), choose(rng, COLOURS), choose(rng, SHAPES), list(PLACES)[p]) for p in places)
+    things = tuple(Thing(choose(rng, SIZES), choose(rng, COLOURS), choose(rng, SHAPES), list(PLACES)[p])
+                   for p in places)
     return Scene(things, choose(rng, BACKGROUNDS))
 
 
@@ -71,7 +73,7 @@ def coverage(shape, radius, dx, dy):
 
 
 def draw(scene, rng, size=PIXELS):
-    """Scene -> uint8 array (size, size, 3). rng moves the objects by up to 2.5 pixels and tints every colour a little."""
+    """Scene -> uint8 array (size, size, 3). rng moves objects by up to 2.5 pixels and tints every colour a little."""
     def tinted(rgb):
         return np.clip(np.array(rgb) + rng.integers(-12, 13, 3), 0, 255)
 
@@ -85,11 +87,17 @@ def draw(scene, rng, size=PIXELS):
     return picture.round().astype(np.uint8)
 
 
+def overlap(shape, alpha, radius, dx, dy):
+    """Intersection over union of what was seen, alpha, with the shape of this extent."""
+    template = coverage(shape, radius / 0.9 if shape == 'square' else radius, dx, dy)
+    return np.minimum(template, alpha).sum() / np.maximum(template, alpha).sum()
+
+
 def see(image):
     """Picture (PIL image or uint8 array, any size) -> the Scene that it shows, by arithmetic on pixels alone.
 
     The border's median gives the background. In each quarter, what differs from it is an object if it covers enough;
-    its median colour, extent and best matching outline say which. Reads untouched pictures right in >= 99.5 % of scenes.
+    its median colour, extent and best matching outline say which. Right on >= 99.5 % of untouched pictures.
     """
     if not isinstance(image, Image.Image):
         image = Image.fromarray(np.asarray(image, dtype=np.uint8))
@@ -119,12 +127,8 @@ def see(image):
         centre_y, centre_x = (ys.min() + ys.max() + 1) / 2, (xs.min() + xs.max() + 1) / 2
         radius = (np.ptp(ys) + np.ptp(xs) + 2) / 4
 
-        def overlap(shape):
-            r = radius / 0.9 if shape == 'square' else radius
-            template = coverage(shape, r, x - centre_x, y - centre_y)
-            return np.minimum(template, alpha).sum() / np.maximum(template, alpha).sum()
-
-        shape = max(SHAPES, key=overlap)
+        fits = {shape: overlap(shape, alpha, radius, x - centre_x, y - centre_y) for shape in SHAPES}
+        shape = max(fits, key=fits.get)
         things.append(Thing('big' if radius > 8.7 else 'small', nearest(colour_rgb, COLOURS), shape, place))
     return Scene(tuple(things), background)
 
@@ -206,7 +210,9 @@ def question(kind, scene, rng):
         ask = choose(rng, ('Where do you find the {} shape?', 'In which part is the {} one?'))
         return ask.format(target.colour), f'It is in the {target.place} part.'
     if kind == 'yesno':
-        colour, shape = (target.colour, target.shape) if rng.random() < 0.5 else (choose(rng, COLOURS), choose(rng, SHAPES))
+        colour, shape = choose(rng, COLOURS), choose(rng, SHAPES)
+        if rng.random() < 0.5:
+            colour, shape = target.colour, target.shape
         there = any((t.colour, t.shape) == (colour, shape) for t in things)
         says = 'Yes, there is' if there else 'No, there is not'
         return f'Does the picture show a {colour} {shape}?', f'{says} a {colour} {shape}.'
@@ -239,10 +245,13 @@ NAMES = ('Ann', 'Ben', 'Cleo', 'Dan', 'Eva', 'Finn', 'Gus', 'Hana')
 NOUNS = SHAPES + SHAPES + ('ball', 'box', 'cup', 'hat', 'shape', 'star', 'book', 'thing', 'one')
 TINTS = tuple(COLOURS) + tuple(COLOURS) + tuple(BACKGROUNDS)
 COUNTS = ('zero', 'one', 'two', 'three', 'four', 'five', 'six', 'seven', 'eight')
-MARKS = (' ', ', ', ' ; ', '; ', ' / ', ' | ', ' - ', '. ', ' and ', '\n', ' with ', ': ', ', and ', ' also ', ' on ', ' of ')
-LEADS = ('', '', 'list: ', 'here: ', 'I see ', 'there is ', 'words: ', 'note: ', 'we have ', 'look, ', 'a list of ', 'with ', 'they say ')
+MARKS = (' ', ', ', ' ; ', '; ', ' / ', ' | ', ' - ', '. ', ' and ', '\n', ' with ', ': ', ', and ', ' also ', ' on ',
+         ' of ')
+LEADS = ('', '', 'list: ', 'here: ', 'I see ', 'there is ', 'words: ', 'note: ', 'we have ', 'look, ', 'a list of ',
+         'with ', 'they say ')
 TAILS = ('', '', '.', ' .', ' there', ', please', ' again', ' here', ' and more', ' in all', '!', ' behind it')
-BEFORE = {'place': ('', '', 'at the ', 'in the ', 'on the ', 'to the '), 'noun': ('', '', 'a ', 'the ', 'one ', 'this '),
+BEFORE = {'place': ('', '', 'at the ', 'in the ', 'on the ', 'to the '),
+          'noun': ('', '', 'a ', 'the ', 'one ', 'this '),
           'colour': ('', '', '', 'it is ', 'in ', 'on '), 'size': ('', '', '', 'very ', 'a '), 'rel': ('', '', 'is ')}
 ANSWERS = {'noun': 'what', 'colour': 'colour', 'size': 'size', 'place': 'where'}
 
@@ -253,8 +262,9 @@ def word(kind, rng):
 
 
 def random_form(rng):
-    """A way of writing a list of records: which fields in which order, what stands before each, between fields and records."""
-    fields = [k for k in rng.permutation(['size', 'colour', 'noun', 'place', 'rel']) if rng.random() < (0.15 if k == 'rel' else 0.75)]
+    """A way of writing records: which fields in which order, what stands before each, between fields and records."""
+    fields = [k for k in rng.permutation(['size', 'colour', 'noun', 'place', 'rel'])
+              if rng.random() < (0.15 if k == 'rel' else 0.75)]
     fields = fields or ['noun']
     return {'fields': fields, 'before': [choose(rng, BEFORE[k]) for k in fields],
             'between': [choose(rng, (' ', ' ', ' ', choose(rng, MARKS))) for _ in fields], 'join': choose(rng, MARKS),
@@ -268,26 +278,31 @@ def write(records, form):
     return form['lead'] + form['join'].join(map(one, records)) + form['tail']
 
 
-def random_records(rng):
-    return [{k: word(k, rng) for k in BEFORE} for _ in range(choose(rng, (1, 1, 1, 2, 2, 3)))]
+def random_records(rng, most=3):
+    return [{k: word(k, rng) for k in BEFORE} for _ in range(min(most, choose(rng, (1, 1, 2, 2, 3, 3))))]
 
 
-LINKS = (' is at the ', ' is in the ', ' sits at the ', ' lies in the ', ', ', ' - ', ': ', ' (now) at the ', ' goes to the ')
-OPENS = ('', '', '', 'here ', 'there is ', 'I see that ', 'they say ', 'a story of ', 'look: ', '{} background: ', 'on {} ',
-         'with {} behind, ', 'this is a picture: ')
-CLOSES = ('', '.', ', on {}', ' on {}', ', with a {} background', '; {} background', ', all {} behind', ' in the picture', '.')
+LINKS = (' is at the ', ' is in the ', ' sits at the ', ' lies in the ', ', ', ' - ', ': ', ' (now) at the ',
+         ' goes to the ')
+OPENS = ('', '', '', 'here ', 'there is ', 'I see that ', 'they say ', 'a story of ', 'look: ', '{} background: ',
+         'on {} ', 'with {} behind, ', 'this is a picture: ')
+CLOSES = ('', '.', ', on {}', ' on {}', ', with a {} background', '; {} background', ', all {} behind',
+          ' in the picture', '.')
 
 
 def english(records, rng):
     """Things in the order that English has, each tied to its place or to another thing by a verb or a mark."""
-    link, join, article = choose(rng, LINKS), choose(rng, (' and ', ', ', '; ', '. ', ', and ')), choose(rng, ('a ', 'a ', 'the ', ''))
+    link, join = choose(rng, LINKS), choose(rng, (' and ', ', ', '; ', '. ', ', and '))
+    article = choose(rng, ('a ', 'a ', 'the ', ''))
     keep, place_first = [rng.random() < 0.8 for _ in range(2)], rng.random() < 0.25
 
     def name(r):
         return article + ' '.join([r[k] for k, kept in zip(('size', 'colour'), keep) if kept] + [r['noun']])
 
     def one(r):
-        return f"{r['place']}{choose(rng, (': ', ' is ', ' has '))}{name(r)}" if place_first else name(r) + link + r['place']
+        if place_first:
+            return r['place'] + choose(rng, (': ', ' is ', ' has ')) + name(r)
+        return name(r) + link + r['place']
 
     parts = [one(r) for r in records]
     if rng.random() < 0.3:
@@ -297,20 +312,30 @@ def english(records, rng):
     return choose(rng, OPENS).format(tint) + join.join(parts) + choose(rng, CLOSES).format(tint)
 
 
-def text_document(rng):
-    kind = choose(rng, 10 * ['rewrite'] + 3 * ['answer'] + ['copy', 'english', 'english', 'form', 'same form', 'sentence',
-                                                            'story', 'count', 'chat'])
-    records = random_records(rng)
+def text_document(rng, progress=1.0):
+    """One document. The corpus goes from the simple to the varied, progress 0 to 1, and the model reads it in this order:
+    to look something up in its context is learned in seconds from clean examples, and not at all from noisy ones."""
+    if progress < 0.1:
+        kinds = ['answer']
+    elif progress < 0.6:
+        kinds = 4 * ['retell'] + ['answer']
+    else:
+        kinds = 8 * ['retell'] + 2 * ['answer', 'english'] + ['form', 'same form', 'copy', 'sentence', 'story', 'count',
+                                                              'chat']
+    kind, most = choose(rng, kinds), 1 + (progress > 0.2) + (progress > 0.3)
+    records = random_records(rng, most)
     if kind == 'form':
         return write(records, random_form(rng))
     if kind == 'english':
         return english(records, rng)
-    if kind == 'rewrite':                              # the same records twice: as bare fields in any order, then in words
+    if kind == 'retell':                               # the same records again: all but the first can be looked up
         fields = list(rng.permutation(['size', 'colour', 'noun', 'place']))
         bare = {'fields': fields, 'before': [''] * 4, 'between': [choose(rng, (' ', ' ', ', ', ' / '))] * 4, 'lead': '',
                 'join': choose(rng, ('; ', ' | ', '\n', '. ')), 'tail': ''}
-        words = english(records, rng) if rng.random() < 0.75 else write(records, random_form(rng))
-        return write(records, bare) + choose(rng, (' -> ', '\n', ' = ', ' so ')) + words
+        varied = 0.3 * (progress > 0.6)
+        ways = [write(records, random_form(rng)) if rng.random() < varied else english(records, rng)
+                for _ in range(max(2, 4 - len(records)))]
+        return choose(rng, (' -> ', '\n', ' = ', ' so ')).join([write(records, bare), *ways])
     if kind == 'same form':                            # what the first lines show, the next lines keep up
         form = random_form(rng)
         return '\n'.join(write(random_records(rng), form) for _ in range(3))
@@ -324,9 +349,11 @@ def text_document(rng):
         bag = rng.permutation(sentence.replace(',', '').split())
         return f"{' '.join(bag)}: {sentence}."
     if kind == 'story':
-        lines = [f"{who} has a {r['colour']} {r['noun']}.", f"It is {r['size']}.", f"{other} puts it in the {r['place']} corner.",
+        lines = [f"{who} has a {r['colour']} {r['noun']}.", f"It is {r['size']}.",
+                 f"{other} puts it in the {r['place']} corner.",
                  f"{who} and {other} look at the picture.", f"Now the {r['noun']} is in the {r['place']} corner.",
-                 f"The {r['noun']} of {who} is {r['colour']}.", f"Behind it, in the background, all is {word('colour', rng)}.",
+                 f"The {r['noun']} of {who} is {r['colour']}.",
+                 f"Behind it, in the background, all is {word('colour', rng)}.",
                  f"{other} has {choose(rng, COUNTS[2:])} of them, and can not see any more."]
         return ' '.join(line for line in lines if rng.random() < 0.7) or lines[0]
     if kind == 'count':
@@ -335,9 +362,10 @@ def text_document(rng):
                             f"{', '.join([r['noun']] * n)}: that is {COUNTS[n]}."))
     field = choose(rng, ANSWERS)
     facts = f"The {r['noun']} is {r['size']}, {r['colour']}, {r['place']}."
-    if kind == 'answer':
-        return f'{facts} {ANSWERS[field]}? {r[field]}.'
-    reply = choose(rng, (f'I say {r[field]}.', f"{r[field]}, {who}.", f"Yes, {r[field]}.", f"No, not {word(field, rng)}: it is {r[field]}."))
+    if kind == 'answer':                               # everything is asked
+        return ' '.join([facts, *(f'{ANSWERS[k]}? {r[k]}.' for k in rng.permutation(list(ANSWERS)))])
+    reply = choose(rng, (f'I say {r[field]}.', f'{r[field]}, {who}.', f'Yes, {r[field]}.',
+                         f'No, not {word(field, rng)}: it is {r[field]}.'))
     ask = choose(rng, (f'{ANSWERS[field]}?', f'please tell {who} the {field}', f'can you tell me: {ANSWERS[field]}?'))
     return f'<|im_start|>user\n{facts} {ask}<|im_end|>\n<|im_start|>assistant\n{reply}<|im_end|>'
 
@@ -351,10 +379,11 @@ def make_text(folder, n_train=48_000, n_eval=1_000):
     rng = np.random.default_rng(101)
     for name, n in ('train', n_train), ('eval', n_eval):
         with open(folder / f'{name}.jsonl', 'w') as f:
-            for _ in tqdm(range(n), f'text/{name}', disable=None):
-                text = text_document(rng)
+            for k in tqdm(range(n), f'text/{name}', disable=None):
+                progress = k / n if name == 'train' else 1.0
+                text = text_document(rng, progress)
                 while CAPTION_FRAME.search(text):
-                    text = text_document(rng)
+                    text = text_document(rng, progress)
                 f.write(json.dumps({'text': text}) + '\n')
 
 
@@ -396,7 +425,7 @@ def descend(model, loss_of_step, n_steps, learning_rate, title):
     for step in bar:
         for optimizer in optimizers:
             for group in optimizer.param_groups:
-                group['lr'] = learning_rate * min((step + 1) / 20, (n_steps - step) / (0.7 * n_steps), 1)
+                group['lr'] = learning_rate * min((step + 1) / 20, (n_steps - step) / (0.5 * n_steps), 1)
         loss = loss_of_step(step)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -407,39 +436,46 @@ def descend(model, loss_of_step, n_steps, learning_rate, title):
             bar.set_postfix(loss=f'{loss.item():.3f}')
 
 
-def make_llm(folder, text_folder, n_steps=400, learning_rate=4e-3):
-    """A tiny Qwen3 with its tokenizer: tied embeddings and more rows than ids, like the small Qwen3 models."""
+def make_llm(folder, text_folder, batch=64, learning_rate=4e-3):
+    """A tiny Qwen3 with its tokenizer: tied embeddings and more rows than ids, like the small Qwen3 models.
+
+    Reads the corpus once, in its order, `batch` documents a step, each document attending to itself only.
+    """
     import torch
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
+    from data import Row, collate
+    from model import VLM
     torch.manual_seed(102)
     train, held_out = read_texts(text_folder / 'train.jsonl'), read_texts(text_folder / 'eval.jsonl')
     tokenizer = make_tokenizer(train)
     end = tokenizer.convert_tokens_to_ids('<|endoftext|>')
-    model = Qwen3ForCausalLM(Qwen3Config(
-        vocab_size=768, hidden_size=192, intermediate_size=512, num_hidden_layers=4, num_attention_heads=6,
-        num_key_value_heads=3, head_dim=32, max_position_embeddings=1024, tie_word_embeddings=True, rope_theta=10_000,
+    llm = Qwen3ForCausalLM(Qwen3Config(
+        vocab_size=768, hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=32, max_position_embeddings=1024, tie_word_embeddings=True, rope_theta=10_000,
         bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=end))
+    llm.set_attn_implementation('rows')
+    for layer in llm.model.layers:                     # blocks that start as nothing let the words through at once
+        torch.nn.init.zeros_(layer.self_attn.o_proj.weight)
+        torch.nn.init.zeros_(layer.mlp.down_proj.weight)
+    model = VLM(None, None, llm)
 
-    def stream(texts):
-        return torch.tensor([i for ids in tokenizer(texts)['input_ids'] for i in [*ids, end]])
+    def documents(texts):
+        rows = [np.array([*ids, end], np.int32) for ids in tokenizer(texts)['input_ids']]
+        return [Row(Named(str(n)), ids, np.arange(1, len(ids)), -1, False) for n, ids in enumerate(rows)]
 
-    def loss_of(rows):                                 # (B, T)
-        logits = model(rows[:, :-1]).logits
-        return torch.nn.functional.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten())
+    def loss_of(rows):
+        batch = collate(rows, [None] * len(rows), 0)
+        return model(batch) / batch.n_labels
 
-    ids, batch, length = stream(train), 32, 128
-    rows = ids[:len(ids) // length * length].view(-1, length)
-    order = torch.cat([torch.randperm(len(rows)) for _ in range(1 + n_steps * batch // len(rows))])
-    descend(model, lambda step: loss_of(rows[order[step * batch:(step + 1) * batch]]), n_steps, learning_rate, 'llm')
-
-    ids = stream(held_out)
+    rows = documents(train)
+    descend(llm, lambda step: loss_of(rows[step * batch:(step + 1) * batch]), len(rows) // batch, learning_rate, 'llm')
     with torch.no_grad():
-        rows = ids[:len(ids) // length * length].view(-1, length)
-        loss = sum(loss_of(part).item() * len(part) for part in rows.split(64)) / len(rows)
-    model.save_pretrained(folder)
+        loss = loss_of(documents(held_out)).item()
+    llm.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    report = {'heldout_loss': round(loss, 4), 'heldout_perplexity': round(math.exp(loss), 3), 'train_tokens': n_steps * batch * length}
+    report = {'heldout_loss': round(loss, 4), 'heldout_perplexity': round(math.exp(loss), 3),
+              'train_tokens': sum(len(r) for r in rows)}
     (folder / 'report.json').write_text(json.dumps(report))
     print(f'llm: {report}')
 
@@ -451,7 +487,8 @@ def edited(scene, rng):
     k = int(rng.integers(len(scene.things)))
     thing, free = scene.things[k], PLACES.keys() - {t.place for t in scene.things}
     key = choose(rng, ('size', 'colour', 'shape', 'shape', 'place'))
-    others = set(free) if key == 'place' else set({'size': SIZES, 'colour': COLOURS, 'shape': SHAPES}[key]) - {getattr(thing, key)}
+    others = free if key == 'place' else set(
+        {'size': SIZES, 'colour': COLOURS, 'shape': SHAPES}[key]) - {getattr(thing, key)}
     things = list(scene.things)
     things[k] = thing._replace(**{key: choose(rng, others)})
     return scene._replace(things=tuple(sorted(things, key=lambda t: list(PLACES).index(t.place))))
@@ -460,8 +497,8 @@ def edited(scene, rng):
 def make_vision(folder, tokenizer_folder, n_steps=520, learning_rate=2e-3, n_groups=32, group=4):
     """A tiny SigLIP trained with its sigmoid loss on pairs of a picture and a text that names everything in it.
 
-    Batches hold groups of near-identical scenes, so that shape, size and place have to be seen, not only colours; the first
-    third shows one object at a time, which is learned sooner and helps with more.
+    Batches hold groups of near-identical scenes, so that shape, size and place have to be seen, not only colours; the
+    first third shows one object at a time, which is learned sooner and helps with more.
     """
     import torch
     from transformers import AutoTokenizer, SiglipConfig, SiglipImageProcessorPil, SiglipModel
@@ -500,7 +537,9 @@ def make_vision(folder, tokenizer_folder, n_steps=520, learning_rate=2e-3, n_gro
     def retrieval(n_groups, group):
         """Share of pictures whose own text scores highest among its group's, or among all where group is 1."""
         logits = model(**pairs(n_groups, group)).logits_per_image
-        block = logits.view(n_groups, group, n_groups, group)[range(n_groups), :, range(n_groups)] if group > 1 else logits[None]
+        block = logits[None]
+        if group > 1:
+            block = logits.view(n_groups, group, n_groups, group)[range(n_groups), :, range(n_groups)]
         return round((block.argmax(-1) == torch.arange(block.shape[-1])).float().mean().item(), 4)
 
     with torch.no_grad():
@@ -599,7 +638,9 @@ def score_run(out_dir, root=ROOT):
     for p in predictions:
         things, background = truth[p['id']]
         scene = Scene(tuple(Thing(*t) for t in things), background)
-        name = asked_for[p['id']][p['turn']] if kind == 'instruct' else f"{NUMBERS[len(things)]} object{'s' * (len(things) > 1)}"
+        name = f"{NUMBERS[len(things)]} object{'s' * (len(things) > 1)}"
+        if kind == 'instruct':
+            name = asked_for[p['id']][p['turn']]
         right, asked = score_caption(p['prediction'], scene)
         if kind == 'instruct':                         # every answer counts one; a description, its share of attributes
             right, asked = right / asked if name == 'describe' else p['prediction'] == p['truth'], 1

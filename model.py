@@ -4,8 +4,8 @@ The model: a frozen tower, a trainable connector, a frozen or LoRA-tuned Qwen3, 
 Letters: B rows, P patches, N image tokens, T tokens of all rows together, L tokens of the longest row, M labels,
 D LLM width, V text rows.
 
-Rows are never padded: a batch is one sequence of T tokens, every row after the other, with positions counted anew in each
-row. Only attention needs rows apart; there, and only there, they are laid out as (B, L).
+Rows are never padded: a batch is one sequence of T tokens, every row after the other, with positions counted anew in
+each row. Only attention needs rows apart; there, and only there, they are laid out as (B, L).
 """
 import hashlib
 import json
@@ -18,7 +18,8 @@ from filelock import FileLock
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer, SiglipVisionModel
+from transformers import (
+    AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer, SiglipVisionModel)
 from transformers.cache_utils import DynamicCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -37,7 +38,8 @@ logging.set_verbosity_error()                          # its load report lists t
 def check_loaded(path, info, ignore=()):
     """from_pretrained fills missing weights at random and only reports it; here it is an error."""
     unexpected = [k for k in info['unexpected_keys'] if not k.startswith(tuple(ignore))]
-    for what, keys in ('lacks', info['missing_keys']), ('has unknown', unexpected), ('has misshapen', info['mismatched_keys']):
+    for what, keys in (('lacks', info['missing_keys']), ('has unknown', unexpected),
+                       ('has misshapen', info['mismatched_keys'])):
         if keys:
             raise SystemExit(f'{path} {what} weights: {", ".join(map(str, sorted(keys)[:3]))} ({len(keys)} in all); '
                              'wanted a complete checkpoint of this class')
@@ -48,7 +50,8 @@ def pretrained(cls, path, **how):
     try:
         model, info = cls.from_pretrained(path, output_loading_info=True, ignore_mismatched_sizes=True, **how)
     except Exception as e:                             # missing, cut or foreign files raise all kinds
-        raise SystemExit(f'{path}: cannot load its weights ({str(e).strip().splitlines()[0]}); wanted a whole Hugging Face checkpoint')
+        raise SystemExit(f'{path}: cannot load its weights ({str(e).strip().splitlines()[0]}); '
+                         'wanted a whole Hugging Face checkpoint')
     return model, info
 
 
@@ -75,7 +78,7 @@ def load_llm(path, dtype=torch.float32):
 
 
 class Tower(nn.Module):
-    """A frozen SigLIP or fixed-resolution SigLIP2 vision tower: uint8 pixels in, patch features out. There is no class token.
+    """A frozen SigLIP or fixed-resolution SigLIP2 vision tower: uint8 pixels in, patch features out; no class token.
 
     layer: -1 is last_hidden_state, after the tower's final norm; -2 is what the last block got, and so on down.
     Blocks above the chosen layer and the pooling head are not kept.
@@ -104,7 +107,7 @@ class Tower(nn.Module):
 
 
 def image_settings(path):
-    """How the tower's own processor prepares a picture: {'size', 'resample', 'mean', 'std'} from preprocessor_config.json."""
+    """How the tower's processor prepares a picture: {'size', 'resample', 'mean', 'std'} of preprocessor_config.json."""
     config = load_config(path)
     vision = getattr(config, 'vision_config', config)
     settings = {'size': vision.image_size, 'resample': 3, 'mean': [0.5] * 3, 'std': [0.5] * 3}
@@ -112,15 +115,18 @@ def image_settings(path):
         stored = json.loads(Path(cached_file(path, 'preprocessor_config.json')).read_text())
     except OSError:
         return settings
-    return {'size': settings['size'], 'resample': stored.get('resample', 3), 'mean': stored.get('image_mean', [0.5] * 3),
-            'std': stored.get('image_std', [0.5] * 3)}
+    except ValueError as e:
+        raise SystemExit(f'{path}: its preprocessor_config.json is not valid JSON ({e})')
+    return {'size': settings['size'], 'resample': stored.get('resample', 3),
+            'mean': stored.get('image_mean', [0.5] * 3), 'std': stored.get('image_std', [0.5] * 3)}
 
 
 def load_tower(path, layer=-1, dtype=torch.float32):
     """The vision tower of a SigLIP checkpoint, whole (with its text tower) or vision only."""
     config = load_config(path)
     if config.model_type not in ('siglip', 'siglip_vision_model'):
-        raise SystemExit(f'{path}: model_type is {config.model_type!r}, wanted siglip (fixed resolution; NaFlex is not supported)')
+        raise SystemExit(f'{path}: model_type is {config.model_type!r}, wanted siglip '
+                         '(fixed resolution; NaFlex is not supported)')
     config = getattr(config, 'vision_config', config)
     model, info = pretrained(SiglipVisionModel, path, config=config, dtype=dtype)
     check_loaded(path, info, ignore=('text_model.', 'logit_'))
@@ -137,7 +143,8 @@ class ResamplerBlock(nn.Module):
     def __init__(self, width, heads):
         super().__init__()
         self.heads = heads
-        self.norm_latents, self.norm_patches, self.norm_mlp = nn.LayerNorm(width), nn.LayerNorm(width), nn.LayerNorm(width)
+        self.norm_latents, self.norm_patches = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.norm_mlp = nn.LayerNorm(width)
         self.query, self.key_value = nn.Linear(width, width, bias=False), nn.Linear(width, 2 * width, bias=False)
         self.out = nn.Linear(width, width, bias=False)
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
@@ -147,7 +154,7 @@ class ResamplerBlock(nn.Module):
         sources = torch.cat([self.norm_patches(patches), normed], dim=1)                        # (B, P + N, Dr)
 
         def split(x):
-            return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)                            # (B, heads, ., head width)
+            return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)                            # (B, h, ., Dr / h)
 
         key, value = self.key_value(sources).chunk(2, dim=-1)
         seen = F.scaled_dot_product_attention(split(self.query(normed)), split(key), split(value))
@@ -180,7 +187,8 @@ class Connector(nn.Module):
         self.norm = nn.LayerNorm(width)
         self.projector = nn.Sequential(nn.Linear(width, 4 * llm_width), nn.GELU(), nn.Linear(4 * llm_width, llm_width))
         nn.init.normal_(self.projector[0].weight, std=width ** -0.5)
-        nn.init.normal_(self.projector[2].weight, std=embed_rms * (0.425 * 4 * llm_width) ** -0.5)   # E[gelu(z)^2] = 0.425
+        # E[gelu(z)^2] = 0.425
+        nn.init.normal_(self.projector[2].weight, std=embed_rms * (0.425 * 4 * llm_width) ** -0.5)
         nn.init.zeros_(self.projector[2].bias)
 
     def forward(self, patches):
@@ -195,14 +203,17 @@ class Connector(nn.Module):
 # attention over unpadded rows
 
 
-def rows_attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, rows=None, slots=None, **kwargs):
+def rows_attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, rows=None, slots=None,
+                   **kwargs):
     """Causal attention inside each row of an unpadded batch; with rows = None the ordinary SDPA (generation).
 
-    query, key, value: (1, heads, T, width). rows: (B, L) places in T, short rows filled up with place 0; slots: (T,) places in B * L.
-    A filled-up place stands after its row's end, so the causal mask alone keeps every real token from seeing it.
+    query, key, value: (1, heads, T, width). rows: (B, L) places in T, short rows filled up with place 0; slots: (T,)
+    places in B * L. A filled-up place stands after its row's end, so the causal mask alone keeps every real token
+    from seeing it.
     """
     if rows is None:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout,
+                                      **kwargs)
 
     def lay_out(x):
         return x[0].index_select(1, rows.view(-1)).unflatten(1, rows.shape).transpose(0, 1)     # (B, heads, L, width)
@@ -229,13 +240,15 @@ def label_losses(hidden, head, labels, chunk=2048):
         return F.cross_entropy(head(h).float(), y, reduction='none')
     if len(labels) <= chunk:
         return part(hidden, labels)
-    return torch.cat([checkpoint(part, h, y, use_reentrant=False) for h, y in zip(hidden.split(chunk), labels.split(chunk))])
+    return torch.cat([checkpoint(part, h, y, use_reentrant=False)
+                      for h, y in zip(hidden.split(chunk), labels.split(chunk))])
 
 
 class VLM(nn.Module):
     """tower (or None when features come from a cache) + connector + LLM. forward(batch) -> summed loss in nats."""
     def __init__(self, tower, connector, llm):
         super().__init__()
+        assert llm.config._attn_implementation == 'rows', 'with another attention rows of a batch would see each other'
         self.tower, self.connector, self.llm = tower, connector, llm
 
     def precision(self):
@@ -270,8 +283,9 @@ class VLM(nn.Module):
         embeds = self.embed(batch.input_ids, batch.image_positions, image_tokens)               # (T, D)
         masks = {'full_attention': None, 'sliding_attention': None}
         with self.precision():
-            hidden = self.llm.model(inputs_embeds=embeds[None], position_ids=batch.position_ids[None], attention_mask=masks,
-                                    use_cache=False, rows=batch.rows, slots=batch.slots).last_hidden_state[0]   # (T, D)
+            hidden = self.llm.model(
+                inputs_embeds=embeds[None], position_ids=batch.position_ids[None], attention_mask=masks,
+                use_cache=False, rows=batch.rows, slots=batch.slots).last_hidden_state[0]       # (T, D)
             return label_losses(hidden.index_select(0, batch.label_positions), self.llm.lm_head, batch.labels)
 
     def forward(self, batch):
@@ -293,11 +307,12 @@ def load_vlm(llm, vision, shape, tower_layer=-1, dtype=torch.float32, device='cp
 def cache_features(folder, tower, paths, read, device, batch_size=64):
     """Patch features of images on disk: fp16, memory-mapped, {image path: (P, Dv) array}.
 
-    The file's name is a sha256 over the tower's weights and layer and every image's bytes: other inputs, other file. Two
-    processes that want the same one wait for each other. Images that cannot be read are left out.
+    The file's name is a sha256 over the tower's weights and layer and every image's bytes: other inputs, other file.
+    Two processes that want the same one wait for each other. Images that cannot be read are left out.
     """
     paths = sorted({str(p) for p in paths if Path(p).is_file()})
-    key = hashlib.sha256(sha256_tensors([*tower.state_dict().items(), ('mean', tower.mean), ('std', tower.std)]).encode())
+    weights = sha256_tensors([*tower.state_dict().items(), ('mean', tower.mean), ('std', tower.std)])
+    key = hashlib.sha256(weights.encode())
     key.update(f'{tower.layer} {getattr(read, "keywords", None)}'.encode())
     for path in paths:
         key.update(Path(path).read_bytes())
@@ -335,8 +350,8 @@ CONDITIONS = ('correct', 'shuffled', 'zero', 'noise')
 def image_ablation(vlm, load, batch_size, seed, rank=0, world_size=1):
     """What is the right image worth? {condition: summed loss of each of load.rows, (items,)} in nats, on every rank.
 
-    correct: the item's own image; shuffled: another item's, dealt over the whole set so that nobody keeps its own; zero:
-    image tokens of zeros; noise: Gaussian with the mean and deviation that real tokens have in each dimension.
+    correct: the item's own image; shuffled: another item's, dealt over the whole set so that nobody keeps its own;
+    zero: image tokens of zeros; noise: Gaussian with the mean and deviation that real tokens have in each dimension.
     """
     vlm.eval()
     rows, device = load.rows, vlm.llm.device
@@ -365,7 +380,8 @@ def image_ablation(vlm, load, batch_size, seed, rank=0, world_size=1):
             mine[condition].update(zip(part, sums.tolist()))
     vlm.train()
     everyone = all_gather(mine)
-    return {c: np.array([loss for _, loss in sorted(pair for part in everyone for pair in part[c].items())]) for c in CONDITIONS}
+    return {c: np.array([loss for _, loss in sorted(pair for part in everyone for pair in part[c].items())])
+            for c in CONDITIONS}
 
 
 # -----------------------------------------------------------------------------
@@ -373,12 +389,12 @@ def image_ablation(vlm, load, batch_size, seed, rank=0, world_size=1):
 
 
 def pick(logits, temperature, top_p, generator):
-    """One token id per row from logits (B, V). temperature 0 is greedy; generator: one a row, so that no row depends on another."""
+    """One token id per row from logits (B, V). temperature 0 is greedy; generator: one a row, for independent rows."""
     if temperature == 0:
         return logits.argmax(-1)
     probabilities = torch.softmax(logits.float() / temperature, dim=-1)
     ordered, order = probabilities.sort(dim=-1, descending=True, stable=True)
-    ordered = ordered.masked_fill(ordered.cumsum(-1) - ordered >= top_p, 0)   # keeps the smallest set that reaches top_p
+    ordered = ordered.masked_fill(ordered.cumsum(-1) - ordered >= top_p, 0)   # keeps the smallest set reaching top_p
     drawn = torch.cat([torch.multinomial(row.cpu(), 1, generator=g) for row, g in zip(ordered, generator)])
     return order.gather(1, drawn.to(order.device)[:, None])[:, 0]
 
@@ -387,7 +403,8 @@ def pick(logits, temperature, top_p, generator):
 def generate(llm, prompts, max_new_tokens, stop_ids, temperature=0.0, top_p=1.0, seeds=None):
     """Continue prompts given as embeddings, [(T_i, D)]; returns [[ids without the stop id]].
 
-    Prompts are padded on the left and masked; a row's ids do not depend on its batch mates. seeds: one a row, when sampling.
+    Prompts are padded on the left and masked; a row's ids do not depend on its batch mates. seeds: one a row, when
+    sampling.
     """
     device, width = prompts[0].device, prompts[0].shape[1]
     lengths = [len(p) for p in prompts]
@@ -417,7 +434,7 @@ def generate(llm, prompts, max_new_tokens, stop_ids, temperature=0.0, top_p=1.0,
 
 @torch.no_grad()
 def complete_rows(vlm, load, prompts, batch_size, max_new_tokens, stop_ids, rank=0, world_size=1):
-    """Greedy continuations of prompts, [(row of load.rows, number of its ids that are the prompt)], as lists of ids, on every rank."""
+    """Greedy continuations, lists of ids, on every rank. prompts: [(row of load.rows, length of its prompt in ids)]."""
     vlm.eval()
     mine, done, device = list(range(rank, len(prompts), world_size)), {}, vlm.llm.device
     for part in (mine[i:i + batch_size] for i in range(0, len(mine), batch_size)):

@@ -3,7 +3,7 @@ Stage A1.1: the stability sweep. One A1 run for each point of a grid, same held-
 
 reads   what the base config names
 writes  out_dir/{<run>/,sweep.csv,sweep.json,sweep.png,best.py}; best.py is a config for train_a1.py
-done    when every run has ended and the best one's gates passed; exits 1 otherwise. Started again, it skips finished runs
+done    when every run has ended and the best one's gates passed; exits 1 otherwise. A restart skips finished runs
 
 $ python sweep_a11.py configs/a11_small.py
 $ python train_a1.py out/a11_small/best.py
@@ -34,7 +34,7 @@ lock, out = lock_run(out_dir), Path(out_dir)
 points = [dict(zip(grid, values)) for values in itertools.product(*grid.values())]
 if not Path(base_config).is_file():
     raise SystemExit(f'base_config = {base_config!r}: no such file; wanted a config of train_a1.py')
-if not points:
+if not grid or not points:
     raise SystemExit(f'grid = {grid!r} has no point: every setting in it needs at least one value')
 
 
@@ -59,12 +59,13 @@ for point in points:
             shutil.copy(shared['split'], folder / 'split.json')
         settings = {'epoch_samples': shared.get('epoch_samples', 0), **overrides, **point}
         if not settings['epoch_samples']:
-            del settings['epoch_samples']              # the first run's choice, by its config or by measuring, holds for all
+            del settings['epoch_samples']              # the first run's choice, by config or measured, holds for all
         print(f'{folder}: running', flush=True)
         code = subprocess.run([*launch, script, base_config, *(f'--{k}={v}' for k, v in settings.items()),
                                f'--out_dir={folder}', '--resume=True']).returncode
         if state_of(folder) != 'finished':
-            raise SystemExit(f'{folder}: the run ended early (exit status {code}); start the sweep again to go on with it')
+            raise SystemExit(f'{folder}: the run ended early (exit status {code}); '
+                             'start the sweep again to go on with it')
     first = json.loads((folder / 'log.jsonl').read_text().splitlines()[0])
     shared = {'split': folder / 'split.json', 'epoch_samples': first['epoch_samples']}
 
@@ -79,7 +80,8 @@ for point in points:
                   'd_shuffle': d_shuffle, 'd_zero': d_zero, 'gates_passed': result['passed'], 'folder': str(folder)})
 table.sort(key=lambda row: row['score'])
 good = [row for row in table if row['gates_passed']]
-write_atomic(out / 'sweep.json', json.dumps({'settings': config, 'runs': table, 'best': good[0] if good else None}, indent=1))
+write_atomic(out / 'sweep.json',
+             json.dumps({'settings': config, 'runs': table, 'best': good[0] if good else None}, indent=1))
 with open(out / 'sweep.csv', 'w', newline='') as f:
     writer = csv.DictWriter(f, table[0])
     writer.writeheader()
@@ -97,8 +99,10 @@ import matplotlib.pyplot as plt  # noqa: E402
 axis, *others = grid
 figure, plot = plt.subplots(figsize=(6, 4), layout='constrained')
 for values in itertools.product(*(grid[k] for k in others)):
-    line = [next(r for r in table if r[axis] == x and all(r[k] == v for k, v in zip(others, values))) for x in grid[axis]]
-    plot.plot([str(x) for x in grid[axis]], [r['score'] for r in line], 'o-', label=name_of(dict(zip(others, values))) or None)
+    line = [next(r for r in table if r[axis] == x and all(r[k] == v for k, v in zip(others, values)))
+            for x in grid[axis]]
+    plot.plot([str(x) for x in grid[axis]], [r['score'] for r in line], 'o-',
+              label=name_of(dict(zip(others, values))) or None)
 plot.set(xlabel=axis, ylabel='score (lower is better)', title='A1.1 sweep, at the end of each run')
 if others:
     plot.legend()

@@ -21,11 +21,12 @@ import torch
 from tqdm import tqdm
 
 import gates
-from common import (Log, StopSignal, all_gather, all_sum, check_resumable, epoch_samples_for, frozen_dtype, has_checkpoint, init_ranks,
-                    load_checkpoint, lock_run, peak_memory_mb, provenance, reduce_gradients, save_checkpoint, seed_everything,
-                    sha256_file, sha256_tensors, write_atomic)
+from common import (Log, StopSignal, all_gather, all_sum, check_resumable, epoch_samples_for, frozen_dtype,
+                    has_checkpoint, init_ranks, load_checkpoint, lock_run, peak_memory_mb, provenance, reduce_gradients,
+                    save_checkpoint, seed_everything, sha256_file, sha256_tensors, write_atomic)
 from configure import configure
-from data import Ledger, Loader, Template, contact_sheet, image_reader, length_buckets, read_image, read_llava, split_rows
+from data import (Ledger, Loader, Template, contact_sheet, image_reader, length_buckets, read_image, read_llava,
+                  split_rows)
 from model import cache_features, complete_rows, image_ablation, image_settings, load_tokenizer, load_vlm
 
 # -----------------------------------------------------------------------------
@@ -70,8 +71,8 @@ gate_truncated = 0.01          # share of samples that may be cut
 gate_ablation_nats = 0.0       # the 95 % interval of every ablation's difference must clear this
 # machine
 device = 'auto'
-dtype = 'auto'                 # of the frozen weights: bfloat16 on CUDA, float32 on CPU; the connector is always float32
-feature_cache = ''             # folder for the tower's features: each image passes the tower once; '' runs it every step
+dtype = 'auto'                 # of the frozen weights: bfloat16 on CUDA, float32 on CPU; what is trained is float32
+feature_cache = ''             # folder for the tower's features, each image once; '' runs the tower every step
 workers = 2                    # threads that decode images
 log_every = 20
 config = configure(globals())
@@ -107,7 +108,7 @@ model = {'llm': llm, 'vision': vision, 'tower_layer': tower_layer, 'shape': {
     'vision_ln': vision_ln}}
 vlm = load_vlm(**model, dtype=dtype, device=device)
 trainable = {name: p for name, p in vlm.named_parameters() if p.requires_grad}
-parts = {name.split('.')[1] for name in trainable}     # for the log: a gradient norm for each part of the connector
+parts = sorted({name.split('.')[1] for name in trainable})   # the log has a gradient norm for each
 frozen_sha = sha256_tensors((n, p) for n, p in vlm.named_parameters() if not p.requires_grad)
 cache = cache_features(feature_cache, vlm.tower, [r.item.image for r in rows], read, device) if feature_cache else None
 get_image = image_reader(read, cache)
@@ -184,11 +185,13 @@ def evaluate():
 def caption(load, path, n):
     """Caption the first n rows of a loader and write one JSON line for each."""
     rows = load.rows[:n]
-    ids = complete_rows(vlm, load, [(r, r.labelled[0]) for r in rows], batch_size, max_new_tokens, [template.end], rank, world_size)
+    ids = complete_rows(vlm, load, [(r, r.labelled[0]) for r in rows], batch_size, max_new_tokens, [template.end],
+                        rank, world_size)
     captions = [text.strip() for text in tokenizer.batch_decode(ids, skip_special_tokens=True)]
     if rank == 0:
-        write_atomic(path, ''.join(json.dumps({'id': r.item.id, 'image': r.item.image, 'image_sha256': sha256_file(r.item.image), 'truth': r.item.turns[-1][1],
-                                               'prediction': text}) + '\n' for r, text in zip(rows, captions)))
+        write_atomic(path, ''.join(json.dumps({
+            'id': r.item.id, 'image': r.item.image, 'image_sha256': sha256_file(r.item.image),
+            'truth': r.item.turns[-1][1], 'prediction': text}) + '\n' for r, text in zip(rows, captions)))
     return captions
 
 
@@ -214,7 +217,8 @@ while True:
                           f'{means["shuffled"]:.4f} another one, {means["zero"]:.4f} zeros, {means["noise"]:.4f} noise')
                 contact_sheet(out / 'golden' / f'step_{step:06d}.png', [r.item.image for r in golden_rows], captions)
         if rank == 0 and step > first_step:
-            save_checkpoint(out / 'ckpt', {'connector': vlm.connector.state_dict(), 'optimizer': optimizer.state_dict()}, {
+            tensors = {'connector': vlm.connector.state_dict(), 'optimizer': optimizer.state_dict()}
+            save_checkpoint(out / 'ckpt', tensors, {
                 'stage': 'a1', 'model': model, 'step': step, 'n_steps': n_steps, 'epoch_samples': epoch_samples,
                 'settings': config, 'frozen_sha256': frozen_sha, 'with_gradient': sorted(with_gradient)})
         if rank == 0:
@@ -223,7 +227,8 @@ while True:
         window_start = time.time()
     # stop
     if stopped:
-        raise SystemExit(f'{stop.name or "another rank"} stopped this run: saved at step {step}, go on with --resume=True')
+        raise SystemExit(f'{stop.name or "another rank"} stopped this run: saved at step {step}, '
+                         'go on with --resume=True')
     if step == n_steps:
         break
     # learning rate
@@ -238,14 +243,14 @@ while True:
     seed_everything(seed, step, rank)
     loss, count = forward_backward(batches)
     # step
-    squares = {part: sum(p.grad.double().square().sum() for n, p in trainable.items() if n.startswith(f'connector.{part}')
-                         and p.grad is not None) for part in parts}
+    squares = {part: sum(p.grad.double().square().sum() for n, p in trainable.items()
+                         if n.startswith(f'connector.{part}') and p.grad is not None) for part in parts}
     norms = {part: math.sqrt(square) for part, square in squares.items()}
     grad_norm = math.sqrt(sum(squares.values()))
     if not math.isfinite(loss + grad_norm):
         ids = [i for part in all_gather([i for b in batches for i in b.ids]) for i in part]
-        raise SystemExit(f'step {step}: loss {loss}, gradient norm {grad_norm}; stopped before the update, the last checkpoint '
-                         f'is good. The samples of this step: {", ".join(ids[:8])} ... ({len(ids)})')
+        raise SystemExit(f'step {step}: loss {loss}, gradient norm {grad_norm}; stopped before the update, the last '
+                         f'checkpoint is good. The samples of this step: {", ".join(ids[:8])} ... ({len(ids)})')
     if len(with_gradient) < len(trainable):
         with_gradient |= {n for n, p in trainable.items() if p.grad is not None and p.grad.any()}
     for p in (p for p in trainable.values() if p.grad is not None):
@@ -265,7 +270,7 @@ while True:
                   'peak_memory_mb': peak_memory_mb(device)}
         log.write('step', **record)
         if rank == 0:
-            bar.write(f'step {step}/{n_steps}: loss {record["window_loss"]:.4f}, gradient {grad_norm:.3f}, lr {lr:.2e}, '
+            bar.write(f'step {step}/{n_steps}: loss {nats / labels:.4f}, gradient {grad_norm:.3f}, lr {lr:.2e}, '
                       f'{record["samples_per_s"]:.0f} samples/s, {record["data_wait"]:.0%} waiting for data')
         window, window_start, waited = [], time.time(), 0.0
 bar.close()
@@ -274,13 +279,14 @@ bar.close()
 caption(evaluation, out / 'predictions.jsonl', n_predictions)
 status = 0
 if rank == 0:
+    frozen_now = sha256_tensors((n, p) for n, p in vlm.named_parameters() if n not in trainable)
+    declared = {f'connector.{n}' for n, _ in vlm.connector.named_parameters()}
     verdicts = [gates.ablation(f'{c} image costs more than the right one', losses['correct'], losses[c], counts,
                                gate_ablation_nats)[0] for c in ('shuffled', 'zero', 'noise')]
     verdicts += [gates.ablation('zeros cost more than another image', losses['shuffled'], losses['zero'], counts)[0],
-                 gates.at_most('share of truncated samples', float(np.mean([r.truncated for r in rows])), gate_truncated),
+                 gates.at_most('share of truncated samples', np.mean([r.truncated for r in rows]), gate_truncated),
                  gates.exactly('samples without a label', sum(len(r.labelled) == 0 for r in rows), 0),
-                 *gates.trained_set({f'connector.{n}' for n, _ in vlm.connector.named_parameters()}, trainable, with_gradient,
-                                    frozen_sha, sha256_tensors((n, p) for n, p in vlm.named_parameters() if n not in trainable))]
+                 *gates.trained_set(declared, trainable, with_gradient, frozen_sha, frozen_now)]
     gates.curves(out / 'log.jsonl', out / 'curves.png')
     status = gates.conclude(out, verdicts, losses=means)
     write_atomic(out / 'status.json', json.dumps({'state': 'finished', 'step': step, 'n_steps': n_steps}))

@@ -2,8 +2,8 @@
 Stage A2: visual instruction tuning. Connector and LoRA turn the aligned model into one that answers about a picture.
 
 reads   data_json (LLaVA-Instruct format) and image_root, a finished A1 out dir, text_jsonl for the text-only regression
-writes  out_dir/{ckpt/,adapter/,connector.safetensors,split.json,log.jsonl,golden/,predictions.jsonl,curves.png,gates.json,
-        status.json}; adapter/ is in PEFT's format
+writes  out_dir/{ckpt/,adapter/,connector.safetensors,split.json,log.jsonl,golden/,predictions.jsonl,curves.png,
+        gates.json,status.json}; adapter/ is in PEFT's format
 done    when every gate passes; exits 1 when one does not
 
 $ python train_a2.py configs/a2_small.py
@@ -24,9 +24,9 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 import gates
-from common import (Log, StopSignal, all_gather, all_sum, check_resumable, epoch_samples_for, frozen_dtype, has_checkpoint, init_ranks,
-                    load_checkpoint, lock_run, peak_memory_mb, provenance, reduce_gradients, save_checkpoint, seed_everything,
-                    sha256_file, sha256_tensors, write_atomic)
+from common import (Log, StopSignal, all_gather, all_sum, check_resumable, epoch_samples_for, frozen_dtype,
+                    has_checkpoint, init_ranks, load_checkpoint, lock_run, peak_memory_mb, provenance, reduce_gradients,
+                    save_checkpoint, seed_everything, sha256_file, sha256_tensors, write_atomic)
 from configure import configure
 from data import (Ledger, Loader, Template, answer_starts, contact_sheet, image_reader, length_buckets, read_image,
                   read_llava, read_texts, split_rows)
@@ -76,8 +76,8 @@ gate_text = 0.02               # the text-only loss may rise by this share over 
 gate_ablation_nats = 0.0       # the 95 % interval of every ablation's difference must clear this
 # machine
 device = 'auto'
-dtype = 'auto'                 # of the frozen weights: bfloat16 on CUDA, float32 on CPU; the connector is always float32
-feature_cache = ''             # folder for the tower's features: each image passes the tower once; '' runs it every step
+dtype = 'auto'                 # of the frozen weights: bfloat16 on CUDA, float32 on CPU; what is trained is float32
+feature_cache = ''             # folder for the tower's features, each image once; '' runs the tower every step
 workers = 2                    # threads that decode images
 log_every = 20
 config = configure(globals())
@@ -116,11 +116,14 @@ vlm = load_vlm(**model, dtype=dtype, device=device)
 vlm.connector.load_state_dict(aligned['connector'])
 frozen_sha = sha256_tensors((n, p) for n, p in vlm.named_parameters() if not p.requires_grad)
 if frozen_sha != align_meta['frozen_sha256']:
-    raise SystemExit(f'{align_dir} was aligned to other weights than those of {model["llm"]} and {model["vision"]} today: '
-                     'restore them, or align again')
+    raise SystemExit(f'{align_dir} was aligned to other weights than those of {model["llm"]} and {model["vision"]} '
+                     'today: restore them, or align again')
 seed_everything(seed, 'lora')
-adapter = get_peft_model(vlm.llm, LoraConfig(r=lora_r, lora_alpha=lora_alpha, lora_dropout=lora_dropout,
-                                             target_modules=lora_targets, task_type='CAUSAL_LM'))
+try:
+    adapter = get_peft_model(vlm.llm, LoraConfig(r=lora_r, lora_alpha=lora_alpha, lora_dropout=lora_dropout,
+                                                 target_modules=lora_targets, task_type='CAUSAL_LM'))
+except ValueError as e:
+    raise SystemExit(f'lora_targets = {lora_targets!r}: {e}')
 trainable = {name: p for name, p in vlm.named_parameters() if p.requires_grad}
 parts = {'connector': 'connector.', 'lora': 'llm.'}    # for the log: a gradient norm for each
 cache = cache_features(feature_cache, vlm.tower, [r.item.image for r in rows if r.image_at >= 0], read, device
@@ -204,20 +207,23 @@ def text_loss():
     vlm.eval()
     mine = text_rows[rank::world_size]
     with torch.no_grad():
-        nats = sum(vlm(texts.collate(mine[i:i + batch_size]).to(device)).item() for i in range(0, len(mine), batch_size))
+        nats = sum(vlm(texts.collate(mine[i:i + batch_size]).to(device)).item()
+                   for i in range(0, len(mine), batch_size))
     vlm.train()
     return all_sum(nats) / sum(len(r.labelled) for r in text_rows)
 
 
 def answer(load, path, n):
-    """Answer every question of the first n chats, each after the true answers before it; write one JSON line for each."""
+    """Answer every question of the first n chats, after the true answers before it; write one JSON line for each."""
     prompts = [(row, start, turn) for row in load.rows[:n] for turn, start in enumerate(answer_starts(row))]
-    ids = complete_rows(vlm, load, [p[:2] for p in prompts], batch_size, max_new_tokens, [template.end], rank, world_size)
+    ids = complete_rows(vlm, load, [p[:2] for p in prompts], batch_size, max_new_tokens, [template.end],
+                        rank, world_size)
     answers = [text.strip() for text in tokenizer.batch_decode(ids, skip_special_tokens=True)]
     if rank == 0:
         write_atomic(path, ''.join(json.dumps({
-            'id': r.item.id, 'image': r.item.image, 'image_sha256': sha256_file(r.item.image), 'turn': turn, 'question': r.item.turns[turn][0],
-            'truth': r.item.turns[turn][1], 'prediction': text}) + '\n' for (r, _, turn), text in zip(prompts, answers)))
+            'id': r.item.id, 'image': r.item.image, 'image_sha256': sha256_file(r.item.image), 'turn': turn,
+            'question': r.item.turns[turn][0], 'truth': r.item.turns[turn][1], 'prediction': text}) + '\n'
+            for (r, _, turn), text in zip(prompts, answers)))
     return [f'{r.item.turns[turn][0]} - {text}' for (r, _, turn), text in zip(prompts, answers) if turn == 0]
 
 
@@ -241,11 +247,13 @@ while True:
             answers = answer(golden, out / 'golden' / f'step_{step:06d}.jsonl', n_golden)
             if rank == 0:
                 bar.write(f'step {step}: held-out loss {means["correct"]:.4f} with the right image, '
-                          f'{means["shuffled"]:.4f} another one, {means["zero"]:.4f} zeros, {means["noise"]:.4f} noise; text {means["text"]:.4f}')
+                          f'{means["shuffled"]:.4f} another one, {means["zero"]:.4f} zeros, {means["noise"]:.4f} noise'
+                          f'; text {means["text"]:.4f}')
                 contact_sheet(out / 'golden' / f'step_{step:06d}.png', [r.item.image for r in golden_rows], answers)
         if rank == 0 and step > first_step:
-            save_checkpoint(out / 'ckpt', {'connector': vlm.connector.state_dict(), 'lora': get_peft_model_state_dict(adapter),
-                                            'optimizer': optimizer.state_dict()}, {
+            tensors = {'connector': vlm.connector.state_dict(), 'optimizer': optimizer.state_dict(),
+                       'lora': get_peft_model_state_dict(adapter)}
+            save_checkpoint(out / 'ckpt', tensors, {
                 'stage': 'a2', 'model': model, 'step': step, 'n_steps': n_steps, 'epoch_samples': epoch_samples,
                 'settings': config, 'frozen_sha256': frozen_sha, 'with_gradient': sorted(with_gradient)})
         if rank == 0:
@@ -254,7 +262,8 @@ while True:
         window_start = time.time()
     # stop
     if stopped:
-        raise SystemExit(f'{stop.name or "another rank"} stopped this run: saved at step {step}, go on with --resume=True')
+        raise SystemExit(f'{stop.name or "another rank"} stopped this run: saved at step {step}, '
+                         'go on with --resume=True')
     if step == n_steps:
         break
     # learning rate
@@ -275,8 +284,8 @@ while True:
     grad_norm = math.sqrt(sum(squares.values()))
     if not math.isfinite(loss + grad_norm):
         ids = [i for part in all_gather([i for b in batches for i in b.ids]) for i in part]
-        raise SystemExit(f'step {step}: loss {loss}, gradient norm {grad_norm}; stopped before the update, the last checkpoint '
-                         f'is good. The samples of this step: {", ".join(ids[:8])} ... ({len(ids)})')
+        raise SystemExit(f'step {step}: loss {loss}, gradient norm {grad_norm}; stopped before the update, the last '
+                         f'checkpoint is good. The samples of this step: {", ".join(ids[:8])} ... ({len(ids)})')
     if len(with_gradient) < len(trainable):
         with_gradient |= {n for n, p in trainable.items() if p.grad is not None and p.grad.any()}
     for p in (p for p in trainable.values() if p.grad is not None):
@@ -289,14 +298,15 @@ while True:
     window.append((loss * count, count, sum(len(b.input_ids) for b in batches), sum(len(b.ids) for b in batches)))
     if step % log_every == 0 or step == n_steps:
         seconds, (nats, labels, tokens, samples) = time.time() - window_start, map(sum, zip(*window))
-        record = {'step': step, 'loss': loss, 'window_loss': nats / labels, 'lr': lr * learning_rate, 'lr_lora': lr * lora_learning_rate, 'grad_norm': grad_norm,
+        record = {'step': step, 'loss': loss, 'window_loss': nats / labels, 'lr': lr * learning_rate,
+                  'lr_lora': lr * lora_learning_rate, 'grad_norm': grad_norm,
                   **{f'grad_norm_{part}': norm for part, norm in norms.items()},
                   'tokens_per_s': tokens * world_size / seconds, 'labels_per_s': labels / seconds,
                   'samples_per_s': samples * world_size / seconds, 'data_wait': waited / seconds,
                   'peak_memory_mb': peak_memory_mb(device)}
         log.write('step', **record)
         if rank == 0:
-            bar.write(f'step {step}/{n_steps}: loss {record["window_loss"]:.4f}, gradient {grad_norm:.3f}, lr x {lr:.3f}, '
+            bar.write(f'step {step}/{n_steps}: loss {nats / labels:.4f}, gradient {grad_norm:.3f}, lr x {lr:.3f}, '
                       f'{record["samples_per_s"]:.0f} samples/s, {record["data_wait"]:.0%} waiting for data')
         window, window_start, waited = [], time.time(), 0.0
 bar.close()
@@ -308,14 +318,16 @@ with adapter.disable_adapter():
     base_text = text_loss()
 status = 0
 if rank == 0:
-    frozen_now = sha256_tensors((n.replace('base_layer.', ''), p) for n, p in vlm.named_parameters() if n not in trainable)
+    frozen_now = sha256_tensors((n.replace('base_layer.', ''), p) for n, p in vlm.named_parameters()
+                                if n not in trainable)
     declared = {n for n, _ in vlm.named_parameters() if n.startswith('connector.') or '.lora_' in n}
     verdicts = [gates.ablation(f'{c} image costs more than the right one', losses['correct'], losses[c], counts,
                                gate_ablation_nats)[0] for c in ('shuffled', 'zero', 'noise')]
     verdicts += [gates.at_most('text-only loss, rise over the base model', text / base_text - 1, gate_text),
-                 gates.at_most('share of truncated samples', float(np.mean([r.truncated for r in rows])), gate_truncated),
+                 gates.at_most('share of truncated samples', np.mean([r.truncated for r in rows]), gate_truncated),
                  gates.exactly('samples without a label', sum(len(r.labelled) == 0 for r in rows), 0),
-                 gates.exactly('LoRA weights outside the language model', sum('lora_' in n for n, _ in vlm.tower.named_parameters()), 0),
+                 gates.exactly('LoRA weights outside the language model',
+                               sum('lora_' in n for n, _ in vlm.tower.named_parameters()), 0),
                  *gates.trained_set(declared, trainable, with_gradient, frozen_sha, frozen_now)]
     adapter.save_pretrained(out / 'adapter')
     save_file({n: p.contiguous() for n, p in vlm.connector.state_dict().items()}, out / 'connector.safetensors')

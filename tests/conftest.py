@@ -1,4 +1,4 @@
-"""A tiny world for tests: real files and real model classes with random weights, made in seconds, shared by all tests."""
+"""A tiny world for tests: real files and model classes with random weights, made in seconds, shared by all tests."""
 import json
 import os
 import subprocess
@@ -14,7 +14,7 @@ torch.set_num_threads(1)                               # two processes share two
 
 
 def run_script(script, *args, ranks=1, **how):
-    """Run a script as a user would, with torchrun when ranks > 1; returns the CompletedProcess with its output as text."""
+    """Run a script as a user would, with torchrun when ranks > 1; returns the CompletedProcess, its output as text."""
     launch = [sys.executable] if ranks == 1 else [
         sys.executable, '-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={ranks}']
     env = {**os.environ, 'OMP_NUM_THREADS': '1', 'CUDA_VISIBLE_DEVICES': ''}
@@ -45,12 +45,18 @@ def tiny(tmp_path_factory):
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, bos_token_id=None))
     ids = [i for text in make_small.read_texts(root / 'text' / 'train.jsonl') for i in tokenizer(text)['input_ids']]
     rows = torch.tensor(ids[:len(ids) // 32 * 32]).view(-1, 32)
-    make_small.descend(llm, lambda step: llm(rows[step * 16:step * 16 + 16], labels=rows[step * 16:step * 16 + 16]).loss,
-                       n_steps=80, learning_rate=1e-2, title='tiny llm')   # some steps: a random model cannot be steered
+
+    def loss_of_step(step):
+        batch = rows[step * 16:step * 16 + 16]
+        return llm(batch, labels=batch).loss
+
+    # some steps: a random model cannot be steered
+    make_small.descend(llm, loss_of_step, n_steps=80, learning_rate=1e-2, title='tiny llm')
     llm.save_pretrained(root / 'llm')
     tokenizer.save_pretrained(root / 'llm')
     layers = {'hidden_size': 32, 'intermediate_size': 64, 'num_attention_heads': 2, 'num_hidden_layers': 2}
-    SiglipModel(SiglipConfig(text_config={**layers, 'vocab_size': 512, 'bos_token_id': None, 'eos_token_id': 1},
-                             vision_config={**layers, 'image_size': 32, 'patch_size': 8})).save_pretrained(root / 'vision')
+    config = SiglipConfig(text_config={**layers, 'vocab_size': 512, 'bos_token_id': None, 'eos_token_id': 1},
+                          vision_config={**layers, 'image_size': 32, 'patch_size': 8})
+    SiglipModel(config).save_pretrained(root / 'vision')
     SiglipImageProcessorPil(size={'height': 32, 'width': 32}).save_pretrained(root / 'vision')
     return root

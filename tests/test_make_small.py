@@ -1,4 +1,4 @@
-"""The small world: what see() reads is what was drawn, captions say the truth, and the text keeps their frames to itself."""
+"""The small world: see() reads what was drawn, captions say the truth, and the text keeps their frames to itself."""
 import json
 import re
 
@@ -41,7 +41,7 @@ def test_a_true_caption_has_every_attribute_right_in_every_frame():
     ('big red circle top left, small blue square bottom right, black background', 9, 9),
     ('big green circle top left, small blue square bottom right, black background', 8, 9),   # one colour
     ('big red circle top left, black background', 5, 9),                                     # an object missed: 4
-    ('big red circle top left, small blue square bottom left, black background', 5, 13),     # misplaced: 4 missed, 4 invented
+    ('big red circle top left, small blue square bottom left, black background', 5, 13),     # misplaced: 4 less, 4 more
     ('big red circle top left, small blue square bottom right, white background', 8, 9),
     ('here a big red circle top left is above a small blue square bottom right, on black', 10, 10),
     ('here a big red circle top left is below a small blue square bottom right, on black', 9, 10),
@@ -51,8 +51,9 @@ def test_the_score_of_a_caption_worked_out_by_hand(text, right, asked):
     assert m.score_caption(text, m.Scene((RED, BLUE), 'black')) == (right, asked)
 
 
-@pytest.mark.parametrize('a, b, said', [('top left', 'top right', 'left of'), ('bottom right', 'bottom left', 'right of'),
-                                        ('top left', 'bottom right', 'above'), ('bottom left', 'top left', 'below')])
+@pytest.mark.parametrize('a, b, said', [
+    ('top left', 'top right', 'left of'), ('bottom right', 'bottom left', 'right of'),
+    ('top left', 'bottom right', 'above'), ('bottom left', 'top left', 'below')])
 def test_relations(a, b, said):
     assert m.relation(a, b) == said
 

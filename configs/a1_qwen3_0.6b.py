@@ -1,0 +1,11 @@
+# A1 with the smallest Qwen3: one 24 GB card. 64 image tokens, a connector of 14.5 M.
+# $ python train_a1.py configs/a1_qwen3_0.6b.py
+# Not run yet: there was no GPU.
+data_json = 'data/LLaVA-Pretrain/blip_laion_cc_sbu_558k.json'
+image_root = 'data/LLaVA-Pretrain/images'
+llm = 'Qwen/Qwen3-0.6B'
+vision = 'google/siglip2-so400m-patch14-384'
+out_dir = 'out/a1_qwen3_0.6b'
+max_bad_samples = 500
+batch_size = 32
+workers = 8
