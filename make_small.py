@@ -73,7 +73,7 @@ def coverage(shape, radius, dx, dy):
 
 
 def draw(scene, rng, size=PIXELS):
-    """Scene -> uint8 array (size, size, 3). rng moves objects by up to 2.5 pixels and tints every colour a little."""
+    """Scene -> uint8 array (size, size, 3). rng moves objects by up to a pixel and tints every colour a little."""
     def tinted(rgb):
         return np.clip(np.array(rgb) + rng.integers(-12, 13, 3), 0, 255)
 
@@ -81,7 +81,7 @@ def draw(scene, rng, size=PIXELS):
     y, x = np.mgrid[:size, :size] + 0.5
     picture = np.ones((size, size, 3)) * tinted(BACKGROUNDS[scene.background])
     for thing in scene.things:
-        cx, cy = (np.array(PLACES[thing.place]) + rng.uniform(-2.5, 2.5, 2)) * scale
+        cx, cy = (np.array(PLACES[thing.place]) + rng.uniform(-1, 1, 2)) * scale
         alpha = coverage(thing.shape, SIZES[thing.size] * scale * rng.uniform(0.95, 1.05), x - cx, y - cy)[..., None]
         picture = picture * (1 - alpha) + alpha * tinted(COLOURS[thing.colour])
     return picture.round().astype(np.uint8)
@@ -313,7 +313,7 @@ def english(records, rng):
 
 
 def text_document(rng, progress=1.0):
-    """One document. The corpus goes from the simple to the varied, progress 0 to 1, and the model reads it in this order:
+    """One document. The corpus goes from the simple to the varied, progress 0 to 1, and the model reads it in order:
     to look something up in its context is learned in seconds from clean examples, and not at all from noisy ones."""
     if progress < 0.1:
         kinds = ['answer']
@@ -486,7 +486,7 @@ def edited(scene, rng):
         return scene._replace(background=choose(rng, BACKGROUNDS.keys() - {scene.background}))
     k = int(rng.integers(len(scene.things)))
     thing, free = scene.things[k], PLACES.keys() - {t.place for t in scene.things}
-    key = choose(rng, ('size', 'colour', 'shape', 'shape', 'place'))
+    key = choose(rng, ('size', 'colour', 'shape', 'shape', 'shape', 'place'))
     others = free if key == 'place' else set(
         {'size': SIZES, 'colour': COLOURS, 'shape': SHAPES}[key]) - {getattr(thing, key)}
     things = list(scene.things)
@@ -498,7 +498,7 @@ def make_vision(folder, tokenizer_folder, n_steps=520, learning_rate=2e-3, n_gro
     """A tiny SigLIP trained with its sigmoid loss on pairs of a picture and a text that names everything in it.
 
     Batches hold groups of near-identical scenes, so that shape, size and place have to be seen, not only colours; the
-    first third shows one object at a time, which is learned sooner and helps with more.
+    first part shows one object at a time, which is learned sooner and helps with more.
     """
     import torch
     from transformers import AutoTokenizer, SiglipConfig, SiglipImageProcessorPil, SiglipModel
@@ -530,7 +530,7 @@ def make_vision(folder, tokenizer_folder, n_steps=520, learning_rate=2e-3, n_gro
         return {'pixel_values': pixels, 'input_ids': text['input_ids']}
 
     def loss_of_step(step):
-        return model(**pairs(n_groups, group, 1 if step < 0.3 * n_steps else None), return_loss=True).loss
+        return model(**pairs(n_groups, group, 1 if step < 0.4 * n_steps else None), return_loss=True).loss
 
     descend(model, loss_of_step, n_steps, learning_rate, 'vision')
 

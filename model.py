@@ -9,6 +9,7 @@ each row. Only attention needs rows apart; there, and only there, they are laid 
 """
 import hashlib
 import json
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -253,7 +254,8 @@ class VLM(nn.Module):
 
     def precision(self):
         """bf16 autocast where the frozen weights are bf16: the connector's float32 weights are the masters."""
-        return torch.autocast(self.llm.device.type, torch.bfloat16, enabled=self.llm.dtype == torch.bfloat16)
+        half = self.llm.dtype == torch.bfloat16
+        return torch.autocast(self.llm.device.type, torch.bfloat16) if half else nullcontext()
 
     def train(self, mode=True):
         """Frozen parts stay in eval mode: only a part with something to learn follows."""

@@ -1,6 +1,7 @@
-# Six short A1 runs of the small world, a fifth as long as a1_small, at 5 to 20 times a real connector's learning rates.
+# Six short A1 runs of the small world, an eighth as long as a1_small, at 5 to 20 times a real connector's learning rates.
 # $ python sweep_a11.py configs/a11_small.py
 base_config = 'configs/a1_small.py'
 out_dir = 'out/a11_small'
-grid = {'learning_rate': [1e-3, 2e-3, 4e-3], 'vision_ln': [False, True]}
-overrides = {'epoch_samples': 7680, 'eval_every': 120, 'n_eval': 192, 'n_predictions': 0, 'gate_ablation_nats': 0.0}
+grid = {'learning_rate': [1.5e-3, 3e-3, 6e-3], 'vision_ln': [False, True]}
+overrides = {'epoch_samples': 7680, 'eval_every': 120, 'n_eval': 192, 'n_golden': 12, 'n_predictions': 0,
+             'gate_ablation_nats': 0.0}

@@ -1,4 +1,4 @@
-# A1 with the smallest Qwen3: one 24 GB card. 64 image tokens, a connector of 14.5 M.
+# A1 with the smallest Qwen3: one 24 GB card. 64 image tokens, a connector of 13.2 M.
 # $ python train_a1.py configs/a1_qwen3_0.6b.py
 # Not run yet: there was no GPU.
 data_json = 'data/LLaVA-Pretrain/blip_laion_cc_sbu_558k.json'

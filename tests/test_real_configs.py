@@ -1,0 +1,56 @@
+"""The real configs on the meta device: every shape and count of the real models, and none of their memory."""
+import numpy as np
+import pytest
+import torch
+from conftest import REPO
+from test_docs import settings_of
+from transformers import Qwen3Config, Qwen3ForCausalLM, SiglipVisionConfig, SiglipVisionModel
+
+from configure import configure
+from data import Item, Row, collate
+from model import VLM, Connector, Tower
+
+SO400M = {'hidden_size': 1152, 'intermediate_size': 4304, 'num_hidden_layers': 27, 'num_attention_heads': 16,
+          'image_size': 384, 'patch_size': 14}
+QWEN3 = {  # as published; the text rows are 151,936 in both
+    '8b': ({'hidden_size': 4096, 'intermediate_size': 12288, 'num_hidden_layers': 36, 'num_attention_heads': 32,
+            'num_key_value_heads': 8, 'head_dim': 128, 'tie_word_embeddings': False}, 8_190_735_360, 82_444_800),
+    '0.6b': ({'hidden_size': 1024, 'intermediate_size': 3072, 'num_hidden_layers': 28, 'num_attention_heads': 16,
+              'num_key_value_heads': 8, 'head_dim': 128, 'tie_word_embeddings': True}, 596_049_920, 13_223_424)}
+
+
+@pytest.mark.parametrize('size', QWEN3)
+def test_a1_has_the_real_sizes_and_takes_a_full_row(size):
+    shape, llm_parameters, connector_parameters = QWEN3[size]
+    s = configure(settings_of('train_a1.py'), [str(REPO / f'configs/a1_qwen3_{size}.py')])
+    assert (s['num_image_tokens'], s['max_seq_len']) == (64, 512) and s['llm'].lower() == f'qwen/qwen3-{size}'
+    with torch.device('meta'):
+        llm = Qwen3ForCausalLM(Qwen3Config(vocab_size=151_936, **shape)).requires_grad_(False)
+        llm.set_attn_implementation('rows')
+        tower = Tower(SiglipVisionModel(SiglipVisionConfig(**SO400M)), s['tower_layer'])
+        connector = Connector(tower.width, tower.side, shape['hidden_size'], s['num_image_tokens'],
+                              s['connector_width'], s['connector_depth'], s['connector_heads'], s['vision_ln'])
+        vlm = VLM(tower, connector, llm)
+    assert sum(p.numel() for p in llm.parameters()) == llm_parameters
+    trainable = sum(p.numel() for p in vlm.parameters() if p.requires_grad)
+    assert trainable == connector_parameters == sum(p.numel() for p in connector.parameters())
+    rows = [Row(Item(str(n), 'x', ()), np.zeros(length, np.int32), np.arange(67, length, dtype=np.int32), 1, False)
+            for n, length in enumerate((512, 100))]
+    batch = collate(rows, [np.zeros((3, 384, 384), np.uint8)] * 2, 64).to('meta')
+    assert tower(batch.images).shape == (2, 729, 1152)
+    assert vlm.image_tokens(batch.images).shape == (2, 64, shape['hidden_size'])
+    assert vlm.nll(batch).shape == (512 - 67 + 100 - 67,)
+
+
+@pytest.mark.parametrize('size', QWEN3)
+def test_a2_adds_the_lora_that_its_formula_says(size):
+    from peft import LoraConfig, get_peft_model
+    shape, _, _ = QWEN3[size]
+    s = configure(settings_of('train_a2.py'), [str(REPO / f'configs/a2_qwen3_{size}.py')])
+    with torch.device('meta'):
+        llm = Qwen3ForCausalLM(Qwen3Config(vocab_size=151_936, **shape))
+        get_peft_model(llm, LoraConfig(r=s['lora_r'], lora_alpha=s['lora_alpha'], target_modules=s['lora_targets']))
+    d, heads, kv = shape['hidden_size'], shape['num_attention_heads'] * 128, shape['num_key_value_heads'] * 128
+    each = (d + heads) + 2 * (d + kv) + (heads + d) + 3 * (d + shape['intermediate_size'])   # q, k v, o, gate up down
+    assert (s['lora_r'], s['lora_alpha']) == (16, 32)
+    assert sum(p.numel() for n, p in llm.named_parameters() if 'lora_' in n) == 16 * each * shape['num_hidden_layers']
