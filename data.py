@@ -276,8 +276,8 @@ class Template:
         return self.cut(item, ids, labelled, image_at)
 
     def text(self, text, name):
-        """Plain text and its end token; every id after the first is a label."""
-        ids = [*self.encode(text), self.end]
+        """Plain text as it stands, markers in it included; every id after the first is a label."""
+        ids = self.tokenizer.encode(text, add_special_tokens=False)
         return self.cut(Item(name, None, (('', text),)), ids, range(1, len(ids)), -1)
 
 
@@ -358,6 +358,7 @@ def split_rows(rows, n_eval, n_golden, edges, path, ledger, read):
                         used.add(keys[id])
                         fresh.append(id)
                 chosen[name] += fresh
+            chosen[name].sort(key=lambda i: hashlib.sha256(f'order {i}'.encode()).digest())   # any first n are a fair part
         chosen['held_out'] = [i for i in by_id if i not in keys or keys[i] in used]
         write_atomic(path, json.dumps(chosen))
     held_out = set(chosen['held_out'])
