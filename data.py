@@ -358,7 +358,7 @@ def split_rows(rows, n_eval, n_golden, edges, path, ledger, read):
                         used.add(keys[id])
                         fresh.append(id)
                 chosen[name] += fresh
-            chosen[name].sort(key=lambda i: hashlib.sha256(f'order {i}'.encode()).digest())   # any first n are a fair part
+            chosen[name].sort(key=lambda i: hashlib.sha256(f'order {i}'.encode()).digest())   # any part is a fair one
         chosen['held_out'] = [i for i in by_id if i not in keys or keys[i] in used]
         write_atomic(path, json.dumps(chosen))
     held_out = set(chosen['held_out'])

@@ -373,7 +373,7 @@ def text_document(rng, progress=1.0):
 CAPTION_FRAME = re.compile(THING.pattern.replace('|'.join(SHAPES), '|'.join(NOUNS)))
 
 
-def make_text(folder, n_train=48_000, n_eval=1_000):
+def make_text(folder, n_train=44_000, n_eval=1_000):
     """JSONL, one {"text"} a line. A document that holds the captions' frame, a thing and its place, is thrown away."""
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(101)
@@ -436,7 +436,7 @@ def descend(model, loss_of_step, n_steps, learning_rate, title):
             bar.set_postfix(loss=f'{loss.item():.3f}')
 
 
-def make_llm(folder, text_folder, batch=64, learning_rate=4e-3):
+def make_llm(folder, text_folder, batch=64, learning_rate=8e-3):
     """A tiny Qwen3 with its tokenizer: tied embeddings and more rows than ids, like the small Qwen3 models.
 
     Reads the corpus once, in its order, `batch` documents a step, each document attending to itself only.

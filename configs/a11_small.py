@@ -1,4 +1,4 @@
-# Six short A1 runs of the small world, an eighth as long as a1_small, at 5 to 20 times a real connector's learning rates.
+# Six short A1 runs of the small world, an eighth as long as a1_small, at high learning rates for a small connector.
 # $ python sweep_a11.py configs/a11_small.py
 base_config = 'configs/a1_small.py'
 out_dir = 'out/a11_small'
