@@ -18,6 +18,8 @@ import math
 import os
 import re
 import shutil
+import subprocess
+import sys
 from collections import namedtuple
 from pathlib import Path
 
@@ -494,18 +496,18 @@ def edited(scene, rng):
     return scene._replace(things=tuple(sorted(things, key=lambda t: list(PLACES).index(t.place))))
 
 
-def make_vision(folder, tokenizer_folder, n_steps=520, learning_rate=2e-3, n_groups=32, group=4):
+def make_vision(folder, text_folder, n_steps=520, learning_rate=2e-3, n_groups=32, group=4):
     """A tiny SigLIP trained with its sigmoid loss on pairs of a picture and a text that names everything in it.
 
     Batches hold groups of near-identical scenes, so that shape, size and place have to be seen, not only colours; the
     first part shows one object at a time, which is learned sooner and helps with more.
     """
     import torch
-    from transformers import AutoTokenizer, SiglipConfig, SiglipImageProcessorPil, SiglipModel
+    from transformers import SiglipConfig, SiglipImageProcessorPil, SiglipModel
 
     torch.manual_seed(103)
     rng = np.random.default_rng(103)
-    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
+    tokenizer = make_tokenizer(read_texts(text_folder / 'train.jsonl'))
     layers, length = {'hidden_size': 128, 'intermediate_size': 384, 'num_attention_heads': 4}, 18
     model = SiglipModel(SiglipConfig(
         text_config={**layers, 'num_hidden_layers': 2, 'vocab_size': len(tokenizer), 'max_position_embeddings': length,
@@ -587,36 +589,43 @@ def make_instruct(folder):
     make_captions(folder, n=6000, seed=105, kind='instruct', taken=taken)
 
 
-PARTS = {                                              # in the order of their needs: what a part needs stands before it
+PARTS = {                                              # part: what it needs, how it is made
     'captions': ((), make_captions),
     'instruct': (('captions',), make_instruct),
     'text': ((), make_text),
     'llm': (('text',), lambda folder: make_llm(folder, folder.parent / 'text')),
-    'vision': (('llm',), lambda folder: make_vision(folder, folder.parent / 'llm')),
+    'vision': (('text',), lambda folder: make_vision(folder, folder.parent / 'text')),
 }
+MODELS = ('llm', 'vision')                             # made side by side on one thread each: none waits for another
 
 
 def ensure(*parts, root=ROOT):
-    """Build the missing ones of these parts (and what they need); returns the small world's folder.
-
-    A part is built in a folder beside its place and renamed when it is whole; processes that want the same one wait.
-    """
+    """Build the missing ones of these parts (and what they need); returns the small world's folder."""
     for part in parts:
         if part not in PARTS:
             raise SystemExit(f'no part is called {part!r}: wanted some of {", ".join(PARTS)}')
-        needs, make = PARTS[part]
-        if (root / part).exists():
-            continue
-        ensure(*needs, root=root)
-        root.mkdir(parents=True, exist_ok=True)
-        with FileLock(root / '.lock'):
-            if (root / part).exists():
-                continue
+    missing = [part for part in parts if not (root / part).exists()]
+    for part in missing:
+        ensure(*PARTS[part][0], root=root)
+        if part not in MODELS:
+            build(part, root)
+    code = 'import sys, make_small; make_small.build(sys.argv[1], make_small.Path(sys.argv[2]))'
+    children = [subprocess.Popen([sys.executable, '-c', code, part, str(root)], cwd=Path(__file__).resolve().parent,
+                                 env={**os.environ, 'OMP_NUM_THREADS': '1'}) for part in missing if part in MODELS]
+    if any([child.wait() for child in children]):
+        raise SystemExit(f'{root}: a base model could not be made, its own message is above; run again to go on')
+    return Path(os.path.relpath(root))
+
+
+def build(part, root):
+    """Make one part in a folder beside its place and rename it when it is whole; others that want it wait."""
+    root.mkdir(parents=True, exist_ok=True)
+    with FileLock(root / f'.{part}.lock'):
+        if not (root / part).exists():
             beside = root / f'{part}.tmp'
             shutil.rmtree(beside, ignore_errors=True)
-            make(beside)
+            PARTS[part][1](beside)
             os.replace(beside, root / part)
-    return Path(os.path.relpath(root))
 
 
 # -----------------------------------------------------------------------------

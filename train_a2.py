@@ -39,6 +39,8 @@ data_json = ''                 # LLaVA-Instruct JSON: [{id, image, conversations
 image_root = ''                # image paths in it are relative to this folder and stay inside it
 align_dir = ''                 # out dir of the A1 run to start from: its connector, its base models, its shapes
 text_jsonl = ''                # held-out plain text, {"text": ...} a line: what must not get worse
+replay_jsonl = ''              # plain text to train on beside the chats, so that text stays what it was; '' for none
+replay_share = 0.2             # of the rows, when there is a replay_jsonl
 out_dir = 'out/a2'
 resume = False                 # go on from out_dir/ckpt; without it a folder with a checkpoint is refused
 max_bad_samples = 0            # more unusable samples than this end the run; up to it they go to bad_samples.jsonl
@@ -110,6 +112,11 @@ if rank == 0:
     split()                                            # writes the choice; the others read it
 all_sum(0)
 train_rows, eval_rows, golden_rows = split()
+if replay_jsonl:
+    replay = read_texts(replay_jsonl)
+    n_replay = round(replay_share / (1 - replay_share) * len(train_rows))
+    picks = np.random.default_rng(seed).integers(len(replay), size=n_replay)
+    train_rows += [template.text(replay[k], f'replay {n}') for n, k in enumerate(picks)]
 
 # model, and what is frozen
 vlm = load_vlm(**model, dtype=dtype, device=device)
@@ -132,7 +139,7 @@ get_image = image_reader(read, cache)
 train, evaluation, golden, texts = (Loader(r, get_image, num_image_tokens, ledger, seed, workers)
                                     for r in (train_rows, eval_rows, golden_rows, text_rows))
 if rank == 0:
-    print(f'{len(train_rows)} chats to train on, {len(eval_rows)} to evaluate, {len(golden_rows)} golden; '
+    print(f'{len(train_rows)} rows to train on, {len(eval_rows)} to evaluate, {len(golden_rows)} golden; '
           f'connector and LoRA of {sum(p.numel() for p in trainable.values()):,} parameters')
 
 # optimizer: a learning rate for the connector and one for LoRA; matrices decay, vectors do not

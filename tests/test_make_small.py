@@ -136,3 +136,23 @@ def test_ensure_leaves_a_finished_part_alone_and_finishes_what_a_kill_left(tmp_p
     m.ensure('b', root=tmp_path)
     m.ensure('b', 'a', root=tmp_path)
     assert [p.name for p in made] == ['a.tmp', 'b.tmp'] and (tmp_path / 'b').is_dir()
+
+
+def test_base_models_are_made_to_the_same_bytes_again(tmp_path):
+    m.make_text(tmp_path / 'text', n_train=320, n_eval=20)
+
+    def weights(folder):
+        m.make_llm(folder / 'llm', tmp_path / 'text', batch=64)
+        m.make_vision(folder / 'vision', tmp_path / 'text', n_steps=3, n_groups=2)
+        return [(folder / part / 'model.safetensors').read_bytes() for part in ('llm', 'vision')]
+    assert weights(tmp_path / 'a') == weights(tmp_path / 'b')
+
+
+def test_the_language_model_has_rows_to_spare_and_tied_embeddings_like_the_real_one(tmp_path):
+    from transformers import AutoTokenizer, Qwen3ForCausalLM
+    m.make_text(tmp_path / 'text', n_train=320, n_eval=20)
+    m.make_llm(tmp_path / 'llm', tmp_path / 'text', batch=64)
+    tokenizer, llm = AutoTokenizer.from_pretrained(tmp_path / 'llm'), Qwen3ForCausalLM.from_pretrained(tmp_path / 'llm')
+    assert llm.lm_head.weight is llm.model.embed_tokens.weight
+    assert len(tokenizer) < llm.config.vocab_size == 768
+    assert tokenizer.eos_token == '<|im_end|>' and set(m.SPECIALS) <= set(tokenizer.get_vocab())

@@ -1,6 +1,7 @@
 """train_a2.py as a user runs it, on a tiny world: LoRA stays in its place, PEFT loads it, text-only loss is judged."""
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -95,6 +96,13 @@ def test_stock_peft_loads_the_adapter_and_gives_the_logits_of_the_run(straight, 
     beside = load_file(out / 'connector.safetensors')
     stored = torch.load(out / 'ckpt' / 'connector.pt', weights_only=True)
     assert beside.keys() == stored.keys() and all(torch.equal(beside[k], stored[k]) for k in stored)
+
+
+def test_replayed_text_is_the_share_of_the_rows_that_was_asked_for(config, straight, tiny, tmp_path):
+    done = run_script('train_a2.py', config, f'--out_dir={tmp_path}', f'--replay_jsonl={tiny}/text/train.jsonl',
+                      '--replay_share=0.5', '--epoch_samples=8')
+    without, with_replay = (int(re.search(r'(\d+) rows to train on', run.stdout)[1]) for run in (straight[1], done))
+    assert with_replay == 2 * without
 
 
 def test_a_run_that_ruins_the_text_fails_the_text_gate(config, tmp_path):
