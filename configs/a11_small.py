@@ -1,7 +1,7 @@
-# Six short A1 runs of the small world, an eighth as long as a1_small, at high learning rates for a small connector.
+# Six short A1 runs of the small world, a ninth as long as a1_small, at high learning rates for a small connector.
 # $ python sweep_a11.py configs/a11_small.py
 base_config = 'configs/a1_small.py'
 out_dir = 'out/a11_small'
 grid = {'learning_rate': [1.5e-3, 3e-3, 6e-3], 'vision_ln': [False, True]}
-overrides = {'epoch_samples': 7680, 'eval_every': 120, 'n_eval': 192, 'n_golden': 12, 'n_predictions': 0,
+overrides = {'epoch_samples': 6400, 'eval_every': 100, 'n_eval': 192, 'n_golden': 12, 'n_predictions': 0,
              'gate_ablation_nats': 0.0}
