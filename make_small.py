@@ -314,11 +314,13 @@ def english(records, rng):
     return choose(rng, OPENS).format(tint) + join.join(parts) + choose(rng, CLOSES).format(tint)
 
 
-def ask(records, rng):
+def look_up(records, rng):
     """A question about one of several things, told apart by what only it has, and its answer."""
     r, kind = choose(rng, records), choose(rng, ('field', 'field', 'field', 'any', 'many'))
     if kind == 'any':
-        colour, noun = (r['colour'], r['noun']) if rng.random() < 0.5 else (word('colour', rng), word('noun', rng))
+        colour, noun = word('colour', rng), word('noun', rng)
+        if rng.random() < 0.5:
+            colour, noun = r['colour'], r['noun']
         there = any((o['colour'], o['noun']) == (colour, noun) for o in records)
         return f"any {colour} {noun}? {'yes' if there else 'no'}."
     field = choose(rng, ANSWERS)
@@ -380,7 +382,7 @@ def text_document(rng, progress=1.0):
     facts = f"The {r['noun']} is {r['size']}, {r['colour']}, {r['place']}."
     if kind == 'answer' and len(records) > 1:          # several things: which one is meant has to be looked up first
         told = ' '.join(f"The {o['noun']} is {o['size']}, {o['colour']}, {o['place']}." for o in records)
-        return ' '.join([told, *(ask(records, rng) for _ in range(6))])
+        return ' '.join([told, *(look_up(records, rng) for _ in range(6))])
     if kind == 'answer':                               # everything is asked
         return ' '.join([facts, *(f'{ANSWERS[k]}? {r[k]}.' for k in rng.permutation(list(ANSWERS)))])
     reply = choose(rng, (f'I say {r[field]}.', f'{r[field]}, {who}.', f'Yes, {r[field]}.',
