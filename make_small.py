@@ -338,8 +338,8 @@ def text_document(rng, progress=1.0):
     elif progress < 0.6:
         kinds = 3 * ['retell'] + ['answer']
     else:
-        kinds = 7 * ['retell'] + 3 * ['answer'] + 2 * ['english'] + ['form', 'same form', 'copy', 'sentence', 'story', 'count',
-                                                              'chat']
+        kinds = 7 * ['retell'] + 3 * ['answer'] + 2 * ['english']
+        kinds += ['form', 'same form', 'copy', 'sentence', 'story', 'count', 'chat']
     kind, most = choose(rng, kinds), 1 + (progress > 0.2) + (progress > 0.3)
     records = random_records(rng, most)
     if kind == 'form':
