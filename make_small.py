@@ -314,31 +314,15 @@ def english(records, rng):
     return choose(rng, OPENS).format(tint) + join.join(parts) + choose(rng, CLOSES).format(tint)
 
 
-def look_up(records, rng):
-    """A question about one of several things, told apart by what only it has, and its answer."""
-    r, kind = choose(rng, records), choose(rng, ('field', 'field', 'field', 'any', 'many'))
-    if kind == 'any':
-        colour, noun = word('colour', rng), word('noun', rng)
-        if rng.random() < 0.5:
-            colour, noun = r['colour'], r['noun']
-        there = any((o['colour'], o['noun']) == (colour, noun) for o in records)
-        return f"any {colour} {noun}? {'yes' if there else 'no'}."
-    field = choose(rng, ANSWERS)
-    keys = [k for k in ('noun', 'place', 'colour') if k != field and sum(o[k] == r[k] for o in records) == 1]
-    if kind == 'many' or not keys:
-        return f'how many? {COUNTS[len(records)]}.'
-    return f'{r[choose(rng, keys)]}: {ANSWERS[field]}? {r[field]}.'
-
-
 def text_document(rng, progress=1.0):
     """One document. The corpus goes from the simple to the varied, progress 0 to 1, and the model reads it in order:
     to look something up in its context is learned in seconds from clean examples, and not at all from noisy ones."""
     if progress < 0.1:
         kinds = ['answer']
     elif progress < 0.6:
-        kinds = 3 * ['retell'] + ['answer']
+        kinds = 4 * ['retell'] + ['answer']
     else:
-        kinds = 7 * ['retell'] + 3 * ['answer'] + 2 * ['english']
+        kinds = 8 * ['retell'] + 2 * ['answer', 'english']
         kinds += ['form', 'same form', 'copy', 'sentence', 'story', 'count', 'chat']
     kind, most = choose(rng, kinds), 1 + (progress > 0.2) + (progress > 0.3)
     records = random_records(rng, most)
@@ -380,9 +364,6 @@ def text_document(rng, progress=1.0):
                             f"{', '.join([r['noun']] * n)}: that is {COUNTS[n]}."))
     field = choose(rng, ANSWERS)
     facts = f"The {r['noun']} is {r['size']}, {r['colour']}, {r['place']}."
-    if kind == 'answer' and len(records) > 1:          # several things: which one is meant has to be looked up first
-        told = ' '.join(f"The {o['noun']} is {o['size']}, {o['colour']}, {o['place']}." for o in records)
-        return ' '.join([told, *(look_up(records, rng) for _ in range(6))])
     if kind == 'answer':                               # everything is asked
         return ' '.join([facts, *(f'{ANSWERS[k]}? {r[k]}.' for k in rng.permutation(list(ANSWERS)))])
     reply = choose(rng, (f'I say {r[field]}.', f'{r[field]}, {who}.', f'Yes, {r[field]}.',
