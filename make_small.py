@@ -375,11 +375,14 @@ def text_document(rng, progress=1.0):
 CAPTION_FRAME = re.compile(THING.pattern.replace('|'.join(SHAPES), '|'.join(NOUNS)))
 
 
-def make_text(folder, n_train=44_000, n_eval=1_000):
-    """JSONL, one {"text"} a line. A document that holds the captions' frame, a thing and its place, is thrown away."""
+def make_text(folder, n_train=44_000, n_eval=1_000, n_replay=6_000):
+    """train, eval and replay JSONL, one {"text"} a line; the last two are as varied as the end of the first.
+
+    A document that holds the captions' frame, a thing and its place, is thrown away.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(101)
-    for name, n in ('train', n_train), ('eval', n_eval):
+    for name, n in ('train', n_train), ('eval', n_eval), ('replay', n_replay):
         with open(folder / f'{name}.jsonl', 'w') as f:
             for k in tqdm(range(n), f'text/{name}', disable=None):
                 progress = k / n if name == 'train' else 1.0
