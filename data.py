@@ -80,7 +80,7 @@ def contact_sheet(path, images, captions, columns=8, side=160, lines=6):
         return
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    height = side + 12 * lines + 6
+    height = side + 15 * lines + 8
     sheet = Image.new('RGB', (columns * (side + 8), -(-len(images) // columns) * height), 'white')
     pen = ImageDraw.Draw(sheet)
     for n, (image, text) in enumerate(zip(images, captions)):
