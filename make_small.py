@@ -398,10 +398,6 @@ def make_text(folder, n_train=44_000, n_eval=1_000, n_replay=6_000):
 SPECIALS = ['<|endoftext|>', '<|im_start|>', '<|im_end|>', '<|vision_start|>', '<|vision_end|>', '<|image_pad|>']
 
 
-def read_texts(path):
-    return [json.loads(line)['text'] for line in open(path)]
-
-
 def make_tokenizer(texts, n_ids=700):
     """Qwen's byte-level BPE, with Qwen's way of splitting and its special tokens, trained on the texts."""
     from transformers import Qwen2Tokenizer
@@ -449,7 +445,7 @@ def make_llm(folder, text_folder, batch=64, learning_rate=8e-3):
     import torch
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
-    from data import Row, collate
+    from data import Row, collate, read_texts
     from model import VLM
     torch.manual_seed(102)
     train, held_out = read_texts(text_folder / 'train.jsonl'), read_texts(text_folder / 'eval.jsonl')
@@ -508,6 +504,7 @@ def make_vision(folder, text_folder, n_steps=520, learning_rate=2e-3, n_groups=3
     import torch
     from transformers import SiglipConfig, SiglipImageProcessorPil, SiglipModel
 
+    from data import read_texts
     torch.manual_seed(103)
     rng = np.random.default_rng(103)
     tokenizer = make_tokenizer(read_texts(text_folder / 'train.jsonl'))
@@ -524,31 +521,47 @@ def make_vision(folder, text_folder, n_steps=520, learning_rate=2e-3, n_groups=3
     def describe(scene):
         return ' '.join(f'{t.place} {t.size} {t.colour} {t.shape}' for t in scene.things) + f' {scene.background}'
 
-    def pairs(n_groups, group, n_things=None):
+    seen = set()
+
+    def scenes_to_learn(n_things):
         scenes = []
         for _ in range(n_groups):
             scenes.append(random_scene(rng, n_things))
             for k in range(1, group):                  # edits of edits: some differ in one attribute, some in more
                 scenes.append(edited(scenes[-1 - int(rng.integers(k))], rng))
+        seen.update(scenes)
+        return scenes
+
+    def score(scenes):
+        """SigLIP's output for these scenes, drawn and named."""
         pixels = torch.from_numpy(np.stack([draw(s, rng) for s in scenes])).permute(0, 3, 1, 2) / 127.5 - 1
         text = tokenizer([describe(s) for s in scenes], padding='max_length', max_length=length, return_tensors='pt')
-        return {'pixel_values': pixels, 'input_ids': text['input_ids']}
+        return model(pixel_values=pixels, input_ids=text['input_ids'], return_loss=True)
 
     def loss_of_step(step):
-        return model(**pairs(n_groups, group, 1 if step < 0.4 * n_steps else None), return_loss=True).loss
+        return score(scenes_to_learn(1 if step < 0.4 * n_steps else None)).loss
 
     descend(model, loss_of_step, n_steps, learning_rate, 'vision')
 
-    def retrieval(n_groups, group):
-        """Share of pictures whose own text scores highest among its group's, or among all where group is 1."""
-        logits = model(**pairs(n_groups, group)).logits_per_image
-        block = logits[None]
-        if group > 1:
-            block = logits.view(n_groups, group, n_groups, group)[range(n_groups), :, range(n_groups)]
-        return round((block.argmax(-1) == torch.arange(block.shape[-1])).float().mean().item(), 4)
+    def held_out(n, draw_one):
+        """n different scenes that were not trained on."""
+        found = []
+        while len(found) < n:
+            scene = draw_one()
+            if scene not in seen and scene not in found:
+                found.append(scene)
+        return found
 
+    def retrieval(groups):
+        """Share of pictures whose own text scores highest among the texts of its group."""
+        right = [score(scenes).logits_per_image.argmax(1) == torch.arange(len(scenes)) for scenes in groups]
+        return round(torch.cat(right).float().mean().item(), 4)
+
+    starts = held_out(64, lambda: random_scene(rng))
+    near = [held_out(8, lambda scene=scene: edited(edited(scene, rng), rng)) for scene in starts]
     with torch.no_grad():
-        report = {'retrieval_of_256': retrieval(256, 1), 'retrieval_of_8_near_identical': retrieval(64, 8)}
+        report = {'retrieval_of_256': retrieval([held_out(256, lambda: random_scene(rng))]),
+                  'retrieval_of_8_near_identical': retrieval(near)}
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     SiglipImageProcessorPil(size={'height': PIXELS, 'width': PIXELS}).save_pretrained(folder)

@@ -210,7 +210,8 @@ while True:
     if step % eval_every == 0 or step == n_steps or stopped:
         if not stopped and not (resume and step == first_step < n_steps):
             losses, counts, means = evaluate()
-            log.write('eval', step=step, **means)
+            if step > first_step or not resume:        # a finished run that is judged again has this line already
+                log.write('eval', step=step, **means)
             captions = caption(golden, out / 'golden' / f'step_{step:06d}.jsonl', n_golden)
             if rank == 0:
                 bar.write(f'step {step}: held-out loss {means["correct"]:.4f} with the right image, '

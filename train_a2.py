@@ -2,6 +2,7 @@
 Stage A2: visual instruction tuning. Connector and LoRA turn the aligned model into one that answers about a picture.
 
 reads   data_json (LLaVA-Instruct format) and image_root, a finished A1 out dir, text_jsonl for the text-only regression
+        and, if set, replay_jsonl to train on beside the chats
 writes  out_dir/{ckpt/,adapter/,connector.safetensors,split.json,log.jsonl,golden/,predictions.jsonl,curves.png,
         gates.json,status.json}; adapter/ is in PEFT's format
 done    when every gate passes; exits 1 when one does not
@@ -250,7 +251,8 @@ while True:
         if not stopped and not (resume and step == first_step < n_steps):
             losses, counts, means = evaluate()
             means['text'] = text_loss()
-            log.write('eval', step=step, **means)
+            if step > first_step or not resume:        # a finished run that is judged again has this line already
+                log.write('eval', step=step, **means)
             answers = answer(golden, out / 'golden' / f'step_{step:06d}.jsonl', n_golden)
             if rank == 0:
                 bar.write(f'step {step}: held-out loss {means["correct"]:.4f} with the right image, '
@@ -333,8 +335,8 @@ if rank == 0:
     verdicts += [gates.at_most('text-only loss, rise over the base model', text / base_text - 1, gate_text),
                  gates.at_most('share of truncated samples', np.mean([r.truncated for r in rows]), gate_truncated),
                  gates.exactly('samples without a label', sum(len(r.labelled) == 0 for r in rows), 0),
-                 gates.exactly('LoRA weights outside the language model',
-                               sum('lora_' in n for n, _ in vlm.tower.named_parameters()), 0),
+                 gates.exactly("LoRA weights outside the language model's layers", sum(
+                     'lora_' in n and not n.startswith('llm.model.layers.') for n, _ in vlm.named_parameters()), 0),
                  *gates.trained_set(declared, trainable, with_gradient, frozen_sha, frozen_now)]
     adapter.save_pretrained(out / 'adapter')
     save_file({n: p.contiguous() for n, p in vlm.connector.state_dict().items()}, out / 'connector.safetensors')

@@ -33,17 +33,18 @@ def tiny(tmp_path_factory):
     from transformers import Qwen3Config, Qwen3ForCausalLM, SiglipConfig, SiglipImageProcessorPil, SiglipModel
 
     import make_small
+    from data import read_texts
     root = tmp_path_factory.mktemp('tiny')
     make_small.make_captions(root / 'captions', n=200)
     make_small.make_captions(root / 'instruct', n=150, seed=7, kind='instruct')
     make_small.make_text(root / 'text', n_train=2000, n_eval=60)
-    tokenizer = make_small.make_tokenizer(make_small.read_texts(root / 'text' / 'train.jsonl'), n_ids=500)
+    tokenizer = make_small.make_tokenizer(read_texts(root / 'text' / 'train.jsonl'), n_ids=500)
     torch.manual_seed(0)
     llm = Qwen3ForCausalLM(Qwen3Config(
         vocab_size=512, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, head_dim=8, max_position_embeddings=512, tie_word_embeddings=True,
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, bos_token_id=None))
-    ids = [i for text in make_small.read_texts(root / 'text' / 'train.jsonl') for i in tokenizer(text)['input_ids']]
+    ids = [i for text in read_texts(root / 'text' / 'train.jsonl') for i in tokenizer(text)['input_ids']]
     rows = torch.tensor(ids[:len(ids) // 32 * 32]).view(-1, 32)
 
     def loss_of_step(step):

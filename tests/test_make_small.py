@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 import make_small as m
+from data import read_texts
 
 RED = m.Thing('big', 'red', 'circle', 'top left')
 BLUE = m.Thing('small', 'blue', 'square', 'bottom right')
@@ -71,7 +72,7 @@ def test_captions_fill_all_three_length_buckets(tiny):
 
 
 def test_the_text_holds_every_word_of_the_captions_but_no_caption_and_no_prompt(tiny):
-    text = '\n'.join(m.read_texts(tiny / 'text' / 'train.jsonl'))
+    text = '\n'.join(read_texts(tiny / 'text' / 'train.jsonl'))
     assert not m.CAPTION_FRAME.search(text)
     records = json.loads((tiny / 'captions' / 'data.json').read_text())
     captions = [r['conversations'][1]['value'] for r in records]

@@ -146,6 +146,13 @@ def test_resume_refuses_another_run(config, straight, change, found):
     assert done.returncode == 1 and found in done.stderr and 'Traceback' not in done.stderr
 
 
+def test_a_finished_run_is_judged_again_and_its_log_stays_as_it_is(config, straight, tmp_path):
+    shutil.copytree(straight[0], tmp_path / 'run')
+    again = run_script('train_a1.py', config, f'--out_dir={tmp_path}/run', '--resume=True')
+    assert again.returncode == straight[1].returncode
+    assert (tmp_path / 'run' / 'log.jsonl').read_text() == (straight[0] / 'log.jsonl').read_text()
+
+
 def test_a_folder_with_a_checkpoint_is_not_overwritten(config, straight):
     done = run_script('train_a1.py', config, f'--out_dir={straight[0]}')
     assert done.returncode == 1 and 'holds a checkpoint: set resume = True' in done.stderr

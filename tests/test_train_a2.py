@@ -71,7 +71,7 @@ def test_it_learns_answers_every_turn_and_trains_only_connector_and_lora(straigh
     gates = gates_of(out)
     for name in ('parameters trained but not declared, or declared but not trained',
                  'trained parameters without a gradient', 'frozen weights changed (sha256)',
-                 'LoRA weights outside the language model', 'samples without a label'):
+                 "LoRA weights outside the language model's layers", 'samples without a label'):
         assert gates[name]['passed'], name
     split = json.loads((out / 'split.json').read_text())
     predictions = [json.loads(line) for line in (out / 'predictions.jsonl').read_text().splitlines()]
@@ -110,6 +110,13 @@ def test_a_run_that_ruins_the_text_fails_the_text_gate(config, tmp_path):
     assert done.returncode == 1
     gate = gates_of(tmp_path)['text-only loss, rise over the base model']
     assert gate['value'] > 0.02 and not gate['passed']
+
+
+def test_lora_outside_the_layers_fails_its_gate(config, tmp_path):
+    done = run_script('train_a2.py', config, f'--out_dir={tmp_path}', '--epoch_samples=16',
+                      r'--lora_targets=lm_head|model\.layers\.0\.self_attn\.q_proj')
+    gate = gates_of(tmp_path)["LoRA weights outside the language model's layers"]
+    assert done.returncode == 1 and gate['value'] == 2 and not gate['passed']   # lora_A and lora_B of the head
 
 
 def test_an_aligned_run_whose_gates_failed_is_refused(config, aligned, tmp_path):
