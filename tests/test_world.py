@@ -1,0 +1,73 @@
+"""The small world's truth: see() reads what was drawn, captions and answers say it, scores are counted by hand."""
+import numpy as np
+import pytest
+from PIL import Image
+
+import world as w
+
+RED = w.Thing('big', 'red', 'circle', 'top left')
+BLUE = w.Thing('small', 'blue', 'square', 'bottom right')
+
+
+def test_see_reads_what_was_drawn():
+    rng = np.random.default_rng(0)
+    scenes = [w.random_scene(rng) for _ in range(800)]
+    assert np.mean([w.see(w.draw(scene, rng)) == scene for scene in scenes]) >= 0.995
+
+
+def test_see_reads_a_picture_of_half_the_size():
+    rng = np.random.default_rng(1)
+    scenes = [w.random_scene(rng) for _ in range(300)]
+    halves = [Image.fromarray(w.draw(scene, rng)).resize((32, 32), Image.BOX) for scene in scenes]
+    assert np.mean([w.see(half) == scene for half, scene in zip(halves, scenes)]) >= 0.97
+
+
+def test_see_finds_nothing_on_an_empty_background():
+    assert w.see(np.full((64, 64, 3), 128, np.uint8)) == w.Scene((), 'gray')
+
+
+def test_a_true_caption_has_every_attribute_right_in_every_frame():
+    rng = np.random.default_rng(2)
+    for _ in range(300):
+        scene = w.random_scene(rng)
+        right, asked = w.score_caption(w.caption(scene, rng), scene)
+        assert right == asked >= 5
+
+
+@pytest.mark.parametrize('text, right, asked', [
+    ('big red circle top left, small blue square bottom right, black background', 9, 9),
+    ('big green circle top left, small blue square bottom right, black background', 8, 9),   # one colour
+    ('big red circle top left, black background', 5, 9),                                     # an object missed: 4
+    ('big red circle top left, small blue square bottom left, black background', 5, 13),     # misplaced: 4 less, 4 more
+    ('big red circle top left, small blue square bottom right, white background', 8, 9),
+    ('here a big red circle top left is above a small blue square bottom right, on black', 10, 10),
+    ('here a big red circle top left is below a small blue square bottom right, on black', 9, 10),
+    ('', 0, 9),
+])
+def test_the_score_of_a_caption_worked_out_by_hand(text, right, asked):
+    assert w.score_caption(text, w.Scene((RED, BLUE), 'black')) == (right, asked)
+
+
+@pytest.mark.parametrize('a, b, said', [
+    ('top left', 'top right', 'left of'), ('bottom right', 'bottom left', 'right of'),
+    ('top left', 'bottom right', 'above'), ('bottom left', 'top left', 'below')])
+def test_relations(a, b, said):
+    assert w.relation(a, b) == said
+
+
+def test_every_question_has_one_answer_and_it_is_true():
+    rng = np.random.default_rng(4)
+    scene = w.Scene((RED, BLUE), 'black')
+    answers = {q: a for _ in range(60) for _, q, a in w.chat(scene, rng)}
+    assert answers['Which colour does the circle have?'] == 'The circle is red.'
+    assert answers['Where do you find the blue shape?'] == 'It is in the bottom right part.'
+    assert answers['Count the shapes, please.'] == 'I can see two shapes.'
+    assert answers['What is in the top left part?'] == 'It is a big red circle.'
+    assert answers['Does the picture show a red circle?'] == 'Yes, there is a red circle.'
+    assert w.score_caption(answers['Describe everything you see.'], scene) == (9, 9)
+
+
+def test_an_ambiguous_question_is_not_asked():
+    twins = w.Scene((RED, RED._replace(place='top right')), 'white')
+    rng = np.random.default_rng(5)
+    assert w.question('colour', twins, rng) is None and w.question('where', twins, rng) is None
