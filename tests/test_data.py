@@ -328,6 +328,20 @@ def test_a_chat_reads_as_chatml_with_the_tiny_tokenizer(tokenizer):
     assert tokenizer.decode(row.ids[row.labelled]) == 'yes ✓<|im_end|>no<|im_end|>'
 
 
+def test_every_id_of_a_text_after_the_first_is_a_label_and_its_markers_are_markers(tokenizer):
+    text = '<|im_start|>user\nhi<|im_end|>'
+    row = Template(tokenizer, 3, 64).text(text, 'replay 7')
+    start, end = tokenizer.convert_tokens_to_ids(['<|im_start|>', '<|im_end|>'])
+    assert (row.ids[0], row.ids[-1], row.item.id) == (start, end, 'replay 7') and tokenizer.decode(row.ids) == text
+    assert row.labelled.tolist() == list(range(1, len(row.ids))) and row.image_at == -1
+
+
+def test_every_answer_of_a_chat_has_its_start():
+    row = Template(Letters(), 2, 64).chat(Item('a', 'a.png', (('Q', 'A'), ('R', 'BC'))))
+    assert data.answer_starts(row) == [25, 48]         # where the labels begin, by the ids worked out above
+    assert data.answer_starts(Template(Letters(), 2, 64).chat(Item('a', None, (('Q', None),)))) == []
+
+
 # -----------------------------------------------------------------------------
 # splits
 
@@ -364,6 +378,11 @@ def test_eval_and_golden_are_balanced_over_the_length_buckets(tmp_path):
     assert Counter(len(r.labelled) for r in evaluation) == {10: 33, 20: 33, 21: 34}
     assert Counter(len(r.labelled) for r in golden) == {10: 3, 20: 3, 21: 4}
     assert len(train) == 150 - 110
+
+
+def test_the_first_third_of_the_held_out_items_holds_every_length(tmp_path):
+    _, evaluation, _ = split(make_rows(tmp_path, 150), tmp_path, 90, 9)
+    assert min(Counter(len(r.labelled) for r in evaluation[:30]).values()) >= 5      # 10 of each, give or take
 
 
 def test_no_picture_is_on_two_sides_of_a_split_under_another_name_or_caption(tmp_path):

@@ -90,3 +90,37 @@ def test_the_language_model_has_rows_to_spare_and_tied_embeddings_like_the_real_
     assert llm.lm_head.weight is llm.model.embed_tokens.weight
     assert len(tokenizer) < llm.config.vocab_size == 768
     assert tokenizer.eos_token == '<|im_end|>' and set(m.SPECIALS) <= set(tokenizer.get_vocab())
+
+
+def predictions(tmp_path, kind, answers):
+    """A world of two scenes and a run's predictions.jsonl over it."""
+    red = ('big', 'red', 'circle', 'top left')
+    scenes = {'one': ([red], 'black'), 'two': ([red, ('small', 'blue', 'square', 'bottom right')], 'white')}
+    folder, out = tmp_path / 'world' / kind, tmp_path / 'run'
+    folder.mkdir(parents=True)
+    out.mkdir()
+    (folder / 'truth.json').write_text(json.dumps(scenes))
+    (folder / 'data.json').write_text(json.dumps([{'id': id, 'kinds': ['colour', 'describe']} for id in scenes]))
+    (out / 'predictions.jsonl').write_text(''.join(json.dumps(a) + '\n' for a in answers))
+    return m.score_run(out, tmp_path / 'world')
+
+
+def test_captions_are_scored_by_attributes_and_by_how_many_objects_there_are(tmp_path):
+    right = 'big red circle top left, black background'
+    tally = predictions(tmp_path, 'captions', [
+        {'id': 'one', 'prediction': right}, {'id': 'one', 'prediction': right.replace('big', 'small')},
+        {'id': 'two', 'prediction': right}])                       # one missed, another background: 4 of 9
+    assert tally == {'one object': (9, 10), 'two objects': (4, 9)}
+
+
+def test_answers_are_right_to_the_letter_and_descriptions_by_attributes(tmp_path):
+    tally = predictions(tmp_path, 'instruct', [
+        {'id': 'one', 'turn': 0, 'prediction': 'It is red.', 'truth': 'It is red.'},
+        {'id': 'one', 'turn': 0, 'prediction': 'It is red', 'truth': 'It is red.'},
+        {'id': 'one', 'turn': 1, 'prediction': 'There is a big blue circle at the top left, on black.', 'truth': '-'}])
+    assert tally == {'colour': (1, 2), 'describe': (4 / 5, 1)}
+
+
+def test_a_run_without_predictions_is_named(tmp_path):
+    with pytest.raises(SystemExit, match='no predictions.jsonl .*; run the stage to its end first'):
+        m.score_run(tmp_path)
