@@ -53,9 +53,19 @@ BEFORE = {'place': ('', '', 'at the ', 'in the ', 'on the ', 'to the '),
 ANSWERS = {'noun': 'what', 'colour': 'colour', 'size': 'size', 'place': 'where'}
 
 
+# more sizes and places than the pictures have: with two sizes and four places there is little to win by looking them up
+WIDTHS = 2 * tuple(SIZES) + ('tiny', 'large', 'huge', 'thin', 'wide', 'tall')
+SPOTS = 3 * tuple(PLACES) + tuple(f'{row} {column}' for row in ('top', 'bottom', 'middle', 'upper', 'lower')
+                                  for column in ('left', 'right', 'centre'))
+RELATIONS = ('above', 'below', 'left of', 'right of')
+HEARD = ('pure', 'hollow', 'bright', 'rough', 'low', 'high', 'level', 'rising', 'falling', 'even', 'fading', 'swelling',
+         'tone', 'tones', 'sound', 'pitch')
+WORDS = sorted({*NAMES, *NOUNS, *TINTS, *COUNTS, *WIDTHS, *HEARD, *' '.join(SPOTS).split()})
+FIELDS = ('size', 'colour', 'noun', 'place')
+
+
 def word(kind, rng):
-    return choose(rng, {'size': SIZES, 'colour': TINTS, 'noun': NOUNS, 'place': PLACES,
-                        'rel': ('above', 'below', 'left of', 'right of')}[kind])
+    return choose(rng, {'size': WIDTHS, 'colour': TINTS, 'noun': NOUNS, 'place': SPOTS, 'rel': RELATIONS}[kind])
 
 
 def random_form(rng):
@@ -75,8 +85,8 @@ def write(records, form):
     return form['lead'] + form['join'].join(map(one, records)) + form['tail']
 
 
-def random_records(rng, most=3):
-    return [{k: word(k, rng) for k in BEFORE} for _ in range(min(most, choose(rng, (1, 1, 2, 2, 3, 3))))]
+def random_records(rng):
+    return [{k: word(k, rng) for k in BEFORE} for _ in range(choose(rng, (1, 1, 2, 2, 3, 3)))]
 
 
 LINKS = (' is at the ', ' is in the ', ' sits at the ', ' lies in the ', ', ', ' - ', ': ', ' (now) at the ',
@@ -109,24 +119,60 @@ def english(records, rng):
     return choose(rng, OPENS).format(tint) + join.join(parts) + choose(rng, CLOSES).format(tint)
 
 
+def pairs(rng):
+    """What is told, words in pairs, and what is asked, [(first word, second word)]: the second can only be looked up.
+    From this a model learns to find where a word was and what came after it, which every other lookup needs."""
+    n = choose(rng, (3, 4, 4, 5))
+    words = [WORDS[k] for k in rng.permutation(len(WORDS))[:2 * n]]
+    told = list(zip(words[:n], words[n:]))
+    return '; '.join(map(' '.join, told)), [told[k] for k in (*rng.permutation(n), *rng.permutation(n))]
+
+
+def asked(rng, n_things, n_fields=4, n_questions=9):
+    """What is told, things in a few fields each, and what is asked: [(a field and what tells the thing apart, answer)],
+    each from one thing."""
+    fields = list(rng.permutation(FIELDS if n_fields > 2 else ('colour', 'noun', 'place'))[:n_fields])
+    things = []
+    while len(things) < n_things:
+        thing = {k: word(k, rng) for k in FIELDS}
+        if all(thing[k] != other[k] for other in things for k in ('colour', 'noun', 'place')):
+            things.append(thing)
+    between, join = choose(rng, (' ', ', ')), choose(rng, ('; ', '. '))
+    questions = [(thing, key, field) for thing in things for key in fields if key != 'size'
+                 for field in fields if field != key]
+    some = [questions[k] for k in rng.permutation(len(questions))[:n_questions]]
+    return (join.join(between.join(thing[k] for k in fields) for thing in things),
+            [(f"{field.replace('noun', 'thing')} {thing[key]}", thing[field]) for thing, key, field in some])
+
+
+def with_answers(told, questions):
+    return ' '.join([f'{told}.', *(f'{question} {answer}.' for question, answer in questions)])
+
+
 def text_document(rng, progress=1.0):
     """One document. The corpus goes from the simple to the varied, progress 0 to 1, and the model reads it in order:
-    to look something up in its context is learned in seconds from clean examples, and not at all from noisy ones."""
-    if progress < 0.1:
-        kinds = ['answer']
-    elif progress < 0.6:
+    to look something up in its context is learned in a minute from clean examples, and not at all from noisy ones."""
+    dice = rng.random()
+    if dice < (1.0 if progress < 0.16 else 0.2 if progress < 0.62 else 0.1):
+        return with_answers(*pairs(rng))
+    if progress < 0.24:
+        return with_answers(*asked(rng, choose(rng, (2, 3, 4)), 2))
+    if progress < 0.3:
+        return with_answers(*asked(rng, choose(rng, (1, 2, 3)), choose(rng, (2, 3))))
+    if dice < (1.0 if progress < 0.35 else 0.7 if progress < 0.62 else 0.35):
+        return with_answers(*asked(rng, choose(rng, (1, 2, 3, 3)), choose(rng, (3, 4, 4))))
+    if progress < 0.62:
         kinds = 4 * ['retell'] + ['answer']
     else:
         kinds = 8 * ['retell'] + 2 * ['answer', 'english']
         kinds += ['form', 'same form', 'copy', 'sentence', 'story', 'count', 'chat']
-    kind, most = choose(rng, kinds), 1 + (progress > 0.2) + (progress > 0.3)
-    records = random_records(rng, most)
+    kind, records = choose(rng, kinds), random_records(rng)
     if kind == 'form':
         return write(records, random_form(rng))
     if kind == 'english':
         return english(records, rng)
     if kind == 'retell':                               # the same records again: all but the first can be looked up
-        fields = list(rng.permutation(['size', 'colour', 'noun', 'place']))
+        fields = list(rng.permutation(FIELDS))
         bare = {'fields': fields, 'before': [''] * 4, 'between': [choose(rng, (' ', ' ', ', ', ' / '))] * 4, 'lead': '',
                 'join': choose(rng, ('; ', ' | ', '\n', '. ')), 'tail': ''}
         varied = 0.3 * (progress > 0.6)
@@ -137,7 +183,7 @@ def text_document(rng, progress=1.0):
         form = random_form(rng)
         return '\n'.join(write(random_records(rng), form) for _ in range(3))
     if kind == 'copy':                                 # said twice or more: what makes a model look back
-        line = ' '.join(word(choose(rng, BEFORE), rng) for _ in range(int(rng.integers(3, 10))))
+        line = ' '.join(choose(rng, WORDS) for _ in range(int(rng.integers(3, 10))))
         return choose(rng, ('copy: ', 'say: ', 'again: ', '')) + choose(rng, (' -> ', ' = ', ' | ', '\n')).join(
             [line] * int(rng.integers(2, 5)))
     r, who, other = records[0], choose(rng, NAMES), choose(rng, NAMES)
@@ -232,6 +278,20 @@ def descend(model, loss_of_step, n_steps, learning_rate, title):
             bar.set_postfix(loss=f'{loss.item():.3f}')
 
 
+def look_nearby(llm, dims=(5, 8), strength=0.05):
+    """Half of the first layer's heads start by looking at the few places before them, as some heads of trained models
+    do. One dimension of every embedding is the same; queries and keys made from it differ only by their rotation, so
+    their product falls with the distance. `dims`: how many of the fastest rotations each such head uses."""
+    import torch
+    attention, width = llm.model.layers[0].self_attn, llm.config.head_dim
+    with torch.no_grad():
+        llm.model.embed_tokens.weight[:, -1] = 0.1
+        attention.k_proj.weight[:12, -1] = 0.3
+        for head, n in enumerate(dims):
+            attention.q_proj.weight[head * width:head * width + n, -1] = 0.3
+        torch.nn.init.normal_(attention.o_proj.weight[:, :len(dims) * width], std=strength)
+
+
 def make_llm(folder, text_folder, batch=64, learning_rate=8e-3):
     """A tiny Qwen3 with its tokenizer: tied embeddings and more rows than ids, like the small Qwen3 models.
 
@@ -254,11 +314,26 @@ def make_llm(folder, text_folder, batch=64, learning_rate=8e-3):
     for layer in llm.model.layers:                     # blocks that start as nothing let the words through at once
         torch.nn.init.zeros_(layer.self_attn.o_proj.weight)
         torch.nn.init.zeros_(layer.mlp.down_proj.weight)
+    look_nearby(llm)
     model = VLM(None, None, llm)
 
     def documents(texts):
         rows = [np.array([*ids, end], np.int32) for ids in tokenizer(texts)['input_ids']]
         return [Row(Named(str(n)), ids, np.arange(1, len(ids)), -1, False) for n, ids in enumerate(rows)]
+
+    def lookups(make, *how, n=128):
+        """Rows in which only the answers are labels."""
+        rows, rng = [], np.random.default_rng(109)
+        for k in range(n):
+            told, questions = make(rng, *how)
+            ids, labelled = tokenizer.encode(f'{told}.'), []
+            for question, answer in questions:
+                ids += tokenizer.encode(f' {question}')
+                said = tokenizer.encode(f' {answer}')
+                labelled += range(len(ids), len(ids) + len(said))
+                ids += said + tokenizer.encode('.')
+            rows.append(Row(Named(str(k)), np.array(ids, np.int32), np.array(labelled), -1, False))
+        return rows
 
     def loss_of(rows):
         batch = collate(rows, [None] * len(rows), 0)
@@ -268,10 +343,13 @@ def make_llm(folder, text_folder, batch=64, learning_rate=8e-3):
     descend(llm, lambda step: loss_of(rows[step * batch:(step + 1) * batch]), len(rows) // batch, learning_rate, 'llm')
     with torch.no_grad():
         loss = loss_of(documents(held_out)).item()
+        looked_up = {'pairs': loss_of(lookups(pairs)).item(),
+                     **{f'{n} things': loss_of(lookups(asked, n)).item() for n in (1, 2, 3)}}
     llm.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     report = {'heldout_loss': round(loss, 4), 'heldout_perplexity': round(math.exp(loss), 3),
-              'train_tokens': sum(len(r) for r in rows)}
+              'train_tokens': sum(len(r) for r in rows),
+              'nats_of_a_looked_up_word': {k: round(v, 3) for k, v in looked_up.items()}}
     (folder / 'report.json').write_text(json.dumps(report))
     print(f'llm: {report}')
 

@@ -172,7 +172,10 @@ def score_caption(text, scene):
 # instruct: questions and answers about one picture
 
 def question(kind, scene, rng):
-    """One question of a kind about a scene, with its answer; None where the scene allows no unambiguous one."""
+    """One question of a kind about a scene, with its answer; None where the scene allows no unambiguous one.
+
+    An answer says again what was asked for before it says what is new, as people do to be clear.
+    """
     things = scene.things
     target = choose(rng, things)
 
@@ -181,7 +184,8 @@ def question(kind, scene, rng):
 
     if kind == 'what':
         ask = choose(rng, ('What is in the {} part?', 'Which thing do you see at the {}?'))
-        return ask.format(target.place), f'It is a {target.size} {target.colour} {target.shape}.'
+        size, colour, shape, place = target
+        return ask.format(place), f'In the {place} part is a {size} {colour} {shape}.'
     if kind == 'colour' and alone('shape'):
         ask = choose(rng, ('Which colour does the {} have?', 'Tell me the colour of the {}.'))
         return ask.format(target.shape), f'The {target.shape} is {target.colour}.'
@@ -190,14 +194,14 @@ def question(kind, scene, rng):
         return ask, f"I can see {NUMBERS[len(things)]} shape{'s' if len(things) > 1 else ''}."
     if kind == 'where' and alone('colour'):
         ask = choose(rng, ('Where do you find the {} shape?', 'In which part is the {} one?'))
-        return ask.format(target.colour), f'It is in the {target.place} part.'
+        return ask.format(target.colour), f'The {target.colour} one is in the {target.place} part.'
     if kind == 'yesno':
         colour, shape = choose(rng, COLOURS), choose(rng, SHAPES)
         if rng.random() < 0.5:
             colour, shape = target.colour, target.shape
         there = any((t.colour, t.shape) == (colour, shape) for t in things)
-        says = 'Yes, there is' if there else 'No, there is not'
-        return f'Does the picture show a {colour} {shape}?', f'{says} a {colour} {shape}.'
+        says = 'Yes, there it is' if there else 'No, there is none'
+        return f'Does the picture show a {colour} {shape}?', f'A {colour} {shape}? {says}.'
     if kind == 'describe':
         listed = ', '.join(f'a {t.size} {t.colour} {t.shape} at the {t.place}' for t in things)
         ask = choose(rng, ('Describe everything you see.', 'What does this picture show in full?'))
@@ -210,7 +214,7 @@ def chat(scene, rng):
     turns, asked = [], set()
     n_turns = int(rng.integers(1, 7))
     while len(turns) < n_turns:
-        kind = choose(rng, ('what', 'colour', 'count', 'where', 'yesno', 'describe'))
+        kind = choose(rng, 2 * ('what', 'colour', 'where', 'yesno') + ('count', 'describe'))
         pair = question(kind, scene, rng)
         if pair and pair[0] not in asked:
             asked.add(pair[0])

@@ -60,10 +60,10 @@ def test_every_question_has_one_answer_and_it_is_true():
     scene = w.Scene((RED, BLUE), 'black')
     answers = {q: a for _ in range(60) for _, q, a in w.chat(scene, rng)}
     assert answers['Which colour does the circle have?'] == 'The circle is red.'
-    assert answers['Where do you find the blue shape?'] == 'It is in the bottom right part.'
+    assert answers['Where do you find the blue shape?'] == 'The blue one is in the bottom right part.'
     assert answers['Count the shapes, please.'] == 'I can see two shapes.'
-    assert answers['What is in the top left part?'] == 'It is a big red circle.'
-    assert answers['Does the picture show a red circle?'] == 'Yes, there is a red circle.'
+    assert answers['What is in the top left part?'] == 'In the top left part is a big red circle.'
+    assert answers['Does the picture show a red circle?'] == 'A red circle? Yes, there it is.'
     assert w.score_caption(answers['Describe everything you see.'], scene) == (9, 9)
 
 
