@@ -361,5 +361,7 @@ def agreement(found, truth):
     if isinstance(truth, Sound):
         return sum(a == b for a, b in zip(found, truth)), len(truth)
     found_at, true_at = ({t.place: t for t in scene.things} for scene in (found, truth))
-    right = sum(1 + sum(a == b for a, b in zip(found_at[p][:3], true_at[p][:3])) for p in found_at.keys() & true_at.keys())
-    return right + (found.background == truth.background), 1 + 4 * len(found_at.keys() | true_at.keys())
+    right = int(found.background == truth.background)
+    for place in found_at.keys() & true_at.keys():
+        right += sum(a == b for a, b in zip(found_at[place], true_at[place]))
+    return right, 1 + 4 * len(found_at.keys() | true_at.keys())
