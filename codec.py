@@ -186,7 +186,7 @@ class AudioCodec(Codec):
                              f'whole clips at {self.rate} Hz')
         if not torch.isfinite(waves).all():
             raise SystemExit('sounds: NaN or infinity in the samples')
-        codes = in_equal_batches(self.to_codes, waves).transpose(1, 2)
+        codes = in_equal_batches(self.to_codes, waves).transpose(1, 2).contiguous()
         return self.check(codes, (self.frames, self.codebooks), 'encoded sound')
 
     @torch.no_grad()
