@@ -519,7 +519,6 @@ def write_shard(folder, name, space, media, items, **more):
         'kinds': np.array([KINDS.index(modality) for _, modality, _ in media] + [0] * len(items), np.uint8),
         'items': np.array([(at, len(media) + n) for n, (_, at, _) in enumerate(items)], np.int32).reshape(-1, 2),
     }, metadata={'token_space': space.sha256})         # one key: several would come in any order
-    write_atomic(Path(folder) / f'{name}.safetensors', body)
     side = {'name': name, 'shard_sha256': hashlib.sha256(body).hexdigest(), 'token_space': space.sha256,
             'bytes': len(body), 'ids': sum(map(len, segments)), 'media': [sha for sha, *_ in media],
             'items': [id for id, *_ in items], **more}
