@@ -51,8 +51,7 @@ def world(tmp_path_factory):
             for c in range(2):
                 f.write(json.dumps({'id': f's{n}-{c}', 'source': 'x', 'audio': f'sounds/{n}.wav',
                                     'text': texts[2 * n + c]}) + '\n')
-    TokenSpace({'name': 'tiny', 'text_rows': 320, 'tokenizer_sha256': 'ab', 'end_of_text': 299}, stub_codecs.IMAGE,
-               stub_codecs.AUDIO).save(root / 'audit' / 'token_space.json')
+    TokenSpace(stub_codecs.BASE, stub_codecs.IMAGE, stub_codecs.AUDIO).save(root / 'audit' / 'token_space.json')
     gates.conclude(root / 'audit', [gates.exactly('an audit', 0, 0)])
     (root / 'b2.py').write_text(f'''
 manifests = ('{root}/sounds.jsonl',)
@@ -73,9 +72,7 @@ n_checked = 8
 @pytest.fixture
 def build(world, monkeypatch, capsys):
     """build(out_dir, --key=value ..., script=...) runs the script here; returns (exit status or line, what it said)."""
-    for name in 'UTI', 'load_image_codec', 'load_audio_codec':
-        monkeypatch.setattr(uti, name, getattr(uti, name, None), raising=False)
-    stub_codecs.put_in_place()
+    monkeypatch.setattr(uti, 'UTI', stub_codecs.StubUTI)
     locks, lock_run = [], common.lock_run              # let go after each run, as the end of a process would
     monkeypatch.setattr(common, 'lock_run', lambda out: locks.append(lock_run(out)))
 
@@ -204,13 +201,16 @@ def test_a_folder_of_another_plan_is_refused(build, straight, tmp_path, change, 
     assert files(tmp_path / 'run') == files(straight)
 
 
-def test_another_token_space_is_refused(build, world, straight, tmp_path):
+def test_another_token_space_is_refused(build, world, straight, tmp_path, monkeypatch):
     shutil.copytree(straight, tmp_path / 'run')
-    space = TokenSpace.load(world / 'audit' / 'token_space.json')
-    TokenSpace(space.base, {**space.image, 'sha256': 'other'}, space.audio).save(tmp_path / 'token_space.json')
+    monkeypatch.setattr(stub_codecs, 'IMAGE', {**stub_codecs.IMAGE, 'sha256': 'other'})
+    line, _ = build(tmp_path / 'run')                  # the audit was of another codec
+    one_line(line, 'audit has another token space', "image.sha256 is 'cd' there and 'other' here")
+    TokenSpace(stub_codecs.BASE, stub_codecs.IMAGE, stub_codecs.AUDIO).save(tmp_path / 'token_space.json')
     shutil.copy(world / 'audit' / 'gates.json', tmp_path)
-    line, _ = build(tmp_path / 'run', f'--audit_dir={tmp_path}')
-    one_line(line, "has another token space: image.sha256 is 'cd' there and 'other' here")
+    line, _ = build(tmp_path / 'run', f'--audit_dir={tmp_path}')               # the shards are
+    one_line(line, 'run has another token space', "image.sha256 is 'cd' there and 'other' here")
+    assert files(tmp_path / 'run') == files(straight)
 
 
 # -----------------------------------------------------------------------------
