@@ -21,6 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import torch
 from tqdm import tqdm
 
 import gates
@@ -81,6 +82,10 @@ uti = UTI.build(llm, image_codec, audio_codec, **({
     'audio_codebooks': space.audio['codebooks']} if space.audio else {}), **({
         'image_prefix': image_prefix, 'image_size': space.image['size']} if space.image else {}))
 uti.space.require(space, audit_dir)
+torch.backends.cudnn.allow_tf32 = False                # codes come from float32, as they did in the audit
+for codec in (uti.image_codec, uti.audio_codec):
+    if codec:
+        codec.to(device)
 grammar = Grammar(space)
 READ = {'image': lambda path: read_image(path, space.image['size']),
         'audio': lambda path: read_audio(path, space.audio['sample_rate'], space.audio['samples'])}

@@ -38,10 +38,18 @@ def in_equal_batches(function, items):
 
 
 class Codec:
-    """What all adapters share. model: a module without gradients, in eval mode, float32."""
+    """What all adapters share. model: a module without gradients, in eval mode, float32; items go in and come out on
+    the CPU wherever it is."""
+    device = torch.device('cpu')
+
     def __init__(self, model, settings):
         self.model, self.settings = model.eval().float().requires_grad_(False), settings
         self.sha256 = sha256_tensors(model.state_dict().items())
+
+    def to(self, device):
+        self.model.to(device)
+        self.device = torch.device(device)
+        return self
 
     def check(self, codes, shape, where):
         """Exit unless codes has this shape, (B, *shape), and every one is in [0, codes)."""
@@ -78,12 +86,13 @@ class ImageCodec(Codec):
         if images.dtype != torch.uint8 or images.shape[1:] != (3, self.size, self.size):
             raise SystemExit(f'pictures: {images.dtype} {tuple(images.shape)}, wanted uint8 (B, 3, {self.size}, '
                              f'{self.size}), the size of {type(self.model).__name__}')
-        codes = in_equal_batches(lambda x: self.to_codes(x / 127.5 - 1), images)
+        codes = in_equal_batches(lambda x: self.to_codes(x / 127.5 - 1), images.to(self.device)).cpu()
         return self.check(codes, (self.side ** 2,), 'encoded picture')
 
     @torch.no_grad()
     def decode(self, codes):
-        pixels = in_equal_batches(self.to_pixels, self.check(codes, (self.side ** 2,), 'picture'))
+        codes = self.check(codes, (self.side ** 2,), 'picture')
+        pixels = in_equal_batches(self.to_pixels, codes.to(self.device)).cpu()
         return ((finite(pixels, 'picture') + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
@@ -186,13 +195,13 @@ class AudioCodec(Codec):
                              f'whole clips at {self.rate} Hz')
         if not torch.isfinite(waves).all():
             raise SystemExit('sounds: NaN or infinity in the samples')
-        codes = in_equal_batches(self.to_codes, waves).transpose(1, 2)
+        codes = in_equal_batches(self.to_codes, waves.to(self.device)).cpu().transpose(1, 2)
         return self.check(codes, (self.frames, self.codebooks), 'encoded sound')
 
     @torch.no_grad()
     def decode(self, codes):
         codes = self.check(codes, (self.frames, self.codebooks), 'sound').transpose(1, 2)
-        waves = finite(in_equal_batches(self.to_wave, codes), 'sound')
+        waves = finite(in_equal_batches(self.to_wave, codes.to(self.device)).cpu(), 'sound')
         # some codecs return a few samples more or less than their frames hold: cut, or filled up with silence
         return F.pad(waves, (0, max(0, self.samples - waves.shape[1])))[:, :self.samples].float()
 
@@ -263,9 +272,9 @@ class Xcodec2Sounds(AudioCodec):
                              'its speech encoder takes one of 320 at 16000')
 
     def to_codes(self, x):
-        padded = F.pad(x, (160, 160)).numpy()
+        padded = F.pad(x, (160, 160)).cpu().numpy()
         features = [self.mel(wave, sampling_rate=16_000, padding=False)['input_features'][0] for wave in padded]
-        features = torch.from_numpy(np.stack(features))[:, :self.frames]
+        features = torch.from_numpy(np.stack(features))[:, :self.frames].to(x.device)
         return self.model.encode(x[:, None], input_features=features).audio_codes
 
     def to_wave(self, codes):

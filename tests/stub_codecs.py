@@ -27,7 +27,7 @@ BASE = {'name': 'tiny', 'text_rows': 320, 'tokenizer_sha256': 'ab', 'end_of_text
 class StubUTI:
     """encode_* and decode_* of the real one. STUB_SECONDS makes every call that slow, so that a test can interrupt."""
     def __init__(self, space, tokenizer):
-        self.space, self.tokenizer = space, tokenizer
+        self.space, self.tokenizer, self.image_codec, self.audio_codec = space, tokenizer, None, None
         self.books = np.tile([space['audio_0'].first, space['audio_1'].first], 4) if space.audio else None
 
     @classmethod
