@@ -213,7 +213,7 @@ def audit(world_b, out, *args):
         f'--data_json={world_b}/captions/data.json', f'--image_root={world_b}/captions/images',
         f'--image_truth={world_b}/captions/truth.json', f'--manifest_jsonl={world_b}/sounds/manifest.jsonl',
         f'--audio_root={world_b}/sounds', f'--audio_truth={world_b}/sounds/truth.json', f'--out_dir={out}',
-        '--n_items=36', '--n_alone=4', '--gate_surviving=0.5', '--n_shown=2', *args)
+        '--n_items=32', '--n_alone=2', '--gate_surviving=0.5', '--n_shown=2', *args)
 
 
 @pytest.fixture(scope='module')
