@@ -30,8 +30,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from world import (
-    BACKGROUNDS, COLOURS, NUMBERS, PATCH, PIXELS, PLACES, RATE, SHAPES, SIZES, THING, Scene, Thing, caption, chat,
-    choose, draw, play, random_scene, random_sound, score_caption, sound_caption)
+    BACKGROUNDS, COLOURS, NUMBERS, PATCH, PIXELS, PLACES, RATE, SAID, SHAPES, SIZES, THING, Scene, Thing, caption,
+    chat, choose, draw, play, random_scene, random_sound, score_caption, sound_caption)
 
 ROOT = Path(__file__).resolve().parent / 'data' / 'small'
 Named = namedtuple('Named', 'id')                      # an item of which only the id matters
@@ -59,9 +59,8 @@ WIDTHS = 2 * tuple(SIZES) + ('tiny', 'large', 'huge', 'thin', 'wide', 'tall')
 SPOTS = 3 * tuple(PLACES) + tuple(f'{row} {column}' for row in ('top', 'bottom', 'middle', 'upper', 'lower')
                                   for column in ('left', 'right', 'centre'))
 RELATIONS = ('above', 'below', 'left of', 'right of')
-HEARD = ('pure', 'hollow', 'bright', 'rough', 'low', 'high', 'level', 'rising', 'falling', 'even', 'fading', 'swelling',
-         'tone', 'tones', 'sound', 'pitch')
-WORDS = sorted({*NAMES, *NOUNS, *TINTS, *COUNTS, *WIDTHS, *HEARD, *' '.join(SPOTS).split()})
+WORDS = sorted({*NAMES, *NOUNS, *TINTS, *COUNTS, *WIDTHS, *' '.join(SPOTS).split(),
+                *(w for options in SAID.values() for w in options), 'tone', 'tones', 'sound', 'pitch'})
 FIELDS = ('size', 'colour', 'noun', 'place')
 
 
@@ -146,6 +145,18 @@ def asked(rng, n_things, n_fields=4, n_questions=9):
             [(f"{field.replace('noun', 'thing')} {thing[key]}", thing[field]) for thing, key, field in some])
 
 
+def heard(rng):
+    """What somebody heard, as a list and told in sentences, none of which names it all as the sounds' captions do."""
+    said = {key: choose(rng, options) for key, options in SAID.items()}
+    who, sentences = choose(rng, NAMES), (
+        'The pitch is {pitch} and {contour}.', 'Its sound was {timbre}.', '{who} hears {count} of them.',
+        'All of it is {loudness}.', 'There was a {timbre} tone, {loudness}.', '{who} sings {count} tones.',
+        'It was {contour} and {timbre}.', '{count} times {who} says that it is {pitch}.')
+    listed = choose(rng, (' ', ', ', ' / ')).join(said[key] for key in rng.permutation(list(SAID)))
+    some = [sentences[k] for k in rng.permutation(len(sentences))[:5]]
+    return listed + choose(rng, (' -> ', '\n', '. ')) + ' '.join(some).format(who=who, **said)
+
+
 def with_answers(told, questions):
     return ' '.join([f'{told}.', *(f'{question} {answer}.' for question, answer in questions)])
 
@@ -163,15 +174,17 @@ def text_document(rng, progress=1.0):
     if dice < (1.0 if progress < 0.35 else 0.7 if progress < 0.62 else 0.35):
         return with_answers(*asked(rng, choose(rng, (1, 2, 3, 3)), choose(rng, (3, 4, 4))))
     if progress < 0.62:
-        kinds = 4 * ['retell'] + ['answer']
+        kinds = 8 * ['retell'] + ['answer', 'heard']
     else:
-        kinds = 8 * ['retell'] + 2 * ['answer', 'english']
+        kinds = 8 * ['retell'] + 2 * ['answer', 'english', 'heard']
         kinds += ['form', 'same form', 'copy', 'sentence', 'story', 'count', 'chat']
     kind, records = choose(rng, kinds), random_records(rng)
     if kind == 'form':
         return write(records, random_form(rng))
     if kind == 'english':
         return english(records, rng)
+    if kind == 'heard':
+        return heard(rng)
     if kind == 'retell':                               # the same records again: all but the first can be looked up
         fields = list(rng.permutation(FIELDS))
         bare = {'fields': fields, 'before': [''] * 4, 'between': [choose(rng, (' ', ' ', ', ', ' / '))] * 4, 'lead': '',
@@ -369,7 +382,7 @@ def edited(scene, rng):
     return scene._replace(things=tuple(sorted(things, key=lambda t: list(PLACES).index(t.place))))
 
 
-def make_vision(folder, text_folder, n_steps=520, learning_rate=2e-3, n_groups=32, group=4):
+def make_vision(folder, n_steps=520, learning_rate=2e-3, n_groups=32, group=4):
     """A tiny SigLIP trained with its sigmoid loss on pairs of a picture and a text that names everything in it.
 
     Batches hold groups of near-identical scenes, so that shape, size and place have to be seen, not only colours; the
@@ -378,10 +391,12 @@ def make_vision(folder, text_folder, n_steps=520, learning_rate=2e-3, n_groups=3
     import torch
     from transformers import SiglipConfig, SiglipImageProcessorPil, SiglipModel
 
-    from data import read_texts
+    def describe(scene):
+        return ' '.join(f'{t.place} {t.size} {t.colour} {t.shape}' for t in scene.things) + f' {scene.background}'
+
     torch.manual_seed(103)
     rng = np.random.default_rng(103)
-    tokenizer = make_tokenizer(read_texts(text_folder / 'train.jsonl'))
+    tokenizer = make_tokenizer([describe(random_scene(rng)) for _ in range(500)])
     layers, length = {'hidden_size': 128, 'intermediate_size': 384, 'num_attention_heads': 4}, 18
     model = SiglipModel(SiglipConfig(
         text_config={**layers, 'num_hidden_layers': 2, 'vocab_size': len(tokenizer), 'max_position_embeddings': length,
@@ -391,9 +406,6 @@ def make_vision(folder, text_folder, n_steps=520, learning_rate=2e-3, n_groups=3
     with torch.no_grad():                              # SigLIP's start: temperature 10, bias -10
         model.logit_scale.fill_(math.log(10))
         model.logit_bias.fill_(-10)
-
-    def describe(scene):
-        return ' '.join(f'{t.place} {t.size} {t.colour} {t.shape}' for t in scene.things) + f' {scene.background}'
 
     seen = set()
 
@@ -513,7 +525,7 @@ PARTS = {                                              # part: what it needs, ho
     'instruct': (('captions',), make_instruct),
     'text': ((), make_text),
     'llm': (('text',), lambda folder: make_llm(folder, folder.parent / 'text')),
-    'vision': (('text',), lambda folder: make_vision(folder, folder.parent / 'text')),
+    'vision': ((), make_vision),
     'sounds': ((), make_sounds),
     'image_codec': ((), make_image_codec),
     'audio_codec': ((), make_audio_codec),
