@@ -118,13 +118,13 @@ def sync_folder(folder):
     os.close(handle)
 
 
-def write_atomic(path, text):
-    """Write a text file beside its place, flush it to disk, rename it: readers see the old or the new, never half."""
+def write_atomic(path, content):
+    """Write text or bytes beside their place, flush to disk, rename: readers see the old or the new, never half."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(path.name + '.tmp')
-    with open(beside, 'w') as f:
-        f.write(text)
+    with open(beside, 'wb') as f:
+        f.write(content.encode() if isinstance(content, str) else content)
         f.flush()
         os.fsync(f.fileno())
     os.replace(beside, path)

@@ -1,5 +1,6 @@
 """
-Data: readers, splits, batches. A batch is a pure function of (settings, step): no state to save, any number of ranks.
+Data: readers, splits, shards, batches. A batch is a pure function of (settings, step): no state to save, any number of
+ranks.
 
 Letters: B rows, T tokens of all rows together, L tokens of the longest row, M labels.
 """
@@ -13,10 +14,12 @@ from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
+import safetensors.numpy
 import torch
 from PIL import Image, ImageDraw, ImageFile, ImageOps
 
 from common import write_atomic
+from uti import TASKS, TokenSpace, canonical
 
 MAX_PIXELS = 64_000_000                                # about 8,000 x 8,000; PIL's limit only warns below twice 89 M
 ImageFile.LOAD_TRUNCATED_IMAGES = False
@@ -218,11 +221,12 @@ class Ledger:
 @dataclass(frozen=True)
 class Row:
     """One sample as ids. labelled: places whose id is a label (predicted one before); image_at: first pad, or -1."""
-    item: Item
+    item: Item                         # or a Record
     ids: np.ndarray                    # int32
     labelled: np.ndarray               # int32
     image_at: int
     truncated: bool
+    ranges: np.ndarray | None = None   # int16, of each label: which range of the token space it is from; None: text
 
     def __len__(self):
         return len(self.ids)
@@ -381,6 +385,128 @@ def balanced(n):
 
 
 # -----------------------------------------------------------------------------
+# tokenized shards: stage B2 writes them, Track B trains on them
+
+KINDS = ('text', 'image', 'audio')                     # what the numbers in a shard's `kinds` mean
+SPLITS = ('train', 'eval', 'golden')
+
+
+@dataclass(frozen=True)
+class Record:
+    """An item of a shard: the codes of its image or clip and its text, both global ids without markers."""
+    id: str
+    modality: str
+    payload: np.ndarray                # int32
+    text: np.ndarray                   # int32
+    media: str                         # sha256 of the media file; captions of one file share it
+
+
+def write_sealed(path, content):
+    """A dict as JSON, with a sha256 over the rest of it."""
+    sha256 = hashlib.sha256(canonical(content).encode()).hexdigest()
+    write_atomic(path, json.dumps({**content, 'sha256': sha256}, indent=1) + '\n')
+
+
+def read_sealed(path):
+    """What write_sealed wrote; exits with one line when the file is absent or any of it has changed."""
+    try:
+        content = json.loads(Path(path).read_text())
+        said = content.pop('sha256')
+    except OSError as e:
+        raise SystemExit(f'{path}: cannot read it ({e.strerror}); build_b2.py writes it when what it names is whole')
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
+        raise SystemExit(f'{path}: not what build_b2.py writes ({e}); remove it and run build_b2.py again')
+    if said != hashlib.sha256(canonical(content).encode()).hexdigest():
+        raise SystemExit(f'{path}: its sha256 is not that of its content; remove it and run build_b2.py again')
+    return content
+
+
+def write_shard(folder, name, space, media, items, **more):
+    """Write folder/name.safetensors and then name.json, which says that the shard is whole and what is in it.
+
+    media: [(sha256 of the file, modality, codes)], each stored once; items: [(id, index of its medium, text ids)];
+    more: JSON-able, kept in name.json. The same input gives the same bytes. Returns what name.json says.
+
+    Tensors: ids int32, all segments end to end, first the media, then a text for each item; offsets int64, segment s is
+    ids[offsets[s]:offsets[s + 1]]; kinds uint8, what each segment is; items int32 (n, 2), segments (medium, text).
+    """
+    segments = [codes for *_, codes in media] + [text for *_, text in items]
+    body = safetensors.numpy.save({
+        'ids': np.concatenate([np.zeros(0, np.int32), *(np.asarray(s, np.int32) for s in segments)]),
+        'offsets': np.cumsum([0, *map(len, segments)], dtype=np.int64),
+        'kinds': np.array([KINDS.index(modality) for _, modality, _ in media] + [0] * len(items), np.uint8),
+        'items': np.array([(at, len(media) + n) for n, (_, at, _) in enumerate(items)], np.int32).reshape(-1, 2),
+    }, metadata={'token_space': space.sha256})         # one key: several would come in any order
+    write_atomic(Path(folder) / f'{name}.safetensors', body)
+    side = {'name': name, 'shard_sha256': hashlib.sha256(body).hexdigest(), 'token_space': space.sha256,
+            'bytes': len(body), 'ids': sum(map(len, segments)), 'media': [sha for sha, *_ in media],
+            'items': [id for id, *_ in items], **more}
+    write_sealed(Path(folder) / f'{name}.json', side)
+    return side
+
+
+def load_shard(folder, name, sha256, space):
+    """(tensors, what name.json says); exits with one line unless the bytes and the token space are the right ones."""
+    path, side = Path(folder) / f'{name}.safetensors', read_sealed(Path(folder) / f'{name}.json')
+    try:
+        body = path.read_bytes()
+    except OSError as e:
+        raise SystemExit(f'{path}: cannot read this shard ({e.strerror}); run build_b2.py again')
+    found = hashlib.sha256(body).hexdigest()
+    if {found, side['shard_sha256']} != {sha256}:
+        raise SystemExit(f'{path}: sha256 {found[:12]}, wanted {sha256[:12]}: damaged or exchanged; remove it and run '
+                         'build_b2.py again')
+    header = json.loads(body[8:8 + int.from_bytes(body[:8], 'little')])['__metadata__']
+    for made_for in header['token_space'], side['token_space']:
+        if made_for != space.sha256:
+            raise SystemExit(f'{path}: made for token space {made_for[:12]}, wanted {space.sha256[:12]}: build it anew')
+    return safetensors.numpy.load(body), side
+
+
+def read_index(folder, space=None):
+    """(index, TokenSpace) of a folder of shards; exits if they are damaged or made for another space than `space`."""
+    index, stored = read_sealed(Path(folder) / 'index.json'), TokenSpace.load(Path(folder) / 'token_space.json')
+    if index['token_space'] != stored.sha256:
+        raise SystemExit(f'{folder}: index.json and token_space.json are not of one build; run build_b2.py again')
+    if space is not None:
+        space.require(stored, folder)
+    return index, stored
+
+
+def read_shards(folder, split, space=None):
+    """The [Record] of a split: 'train', 'eval' or 'golden'. Every file is checked against its sha256 in index.json."""
+    index, space = read_index(folder, space)
+    if split not in index['splits']:
+        raise SystemExit(f'{folder} has no split {split!r}: wanted one of {", ".join(index["splits"])}')
+    records = []
+    for shard in index['splits'][split]['shards']:
+        tensors, side = load_shard(folder, shard['name'], shard['sha256'], space)
+        segments = np.split(tensors['ids'], tensors['offsets'][1:-1])
+        for id, (medium, text) in zip(side['items'], tensors['items']):
+            records.append(Record(id, KINDS[tensors['kinds'][medium]], segments[medium], segments[text],
+                                  side['media'][medium]))
+    return records
+
+
+def token_row(record, task, grammar, max_seq_len):
+    """A Record as the document of a task ('i2t', 'a2t', 't2i', 't2a', 'text') -> Row.
+
+    What does not fit is cut from the text, never from the payload: where the text is said, its end; where it is the
+    prompt, the prompt's.
+    """
+    modality, way = TASKS[task]
+    if modality not in (None, record.modality):
+        raise SystemExit(f'item {record.id} has an {record.modality}: task {task} wants an {modality}')
+    room = max_seq_len - (grammar.length(modality) + 3 if modality else 1)
+    if room < 1:
+        raise SystemExit(f'max_seq_len = {max_seq_len} leaves no room for text in {task}: wanted at least '
+                         f'{max_seq_len - room + 1}')
+    document = grammar.document(task, record.payload, record.text[:room] if way == 'write' else record.text)
+    n, kept = max_seq_len, document.labelled < max_seq_len
+    return Row(record, document.ids[:n], document.labelled[kept], -1, len(record.text) > room, document.ranges[kept])
+
+
+# -----------------------------------------------------------------------------
 # batches
 
 
@@ -398,6 +524,7 @@ class Batch:
     images: torch.Tensor | None        # uint8 (B, 3, H, W) or features (B, P, Dv)
     n_labels: int = 0
     ids: list = field(default_factory=list)
+    label_ranges: list = field(default_factory=list)   # Track B: labels stand sorted by range, [(range, how many)]
 
     def to(self, device):
         moved = {k: v.to(device, non_blocking=True) for k, v in vars(self).items() if isinstance(v, torch.Tensor)}
@@ -405,7 +532,8 @@ class Batch:
 
 
 def collate(rows, images, num_image_tokens):
-    """[Row], [array or None] -> Batch."""
+    """[Row], [array or None] -> Batch. When a row says the ranges of its labels, those of all rows are sorted by range,
+    so that a typed head takes one slice for each."""
     lengths = [len(r) for r in rows]
     starts = np.cumsum([0, *lengths[:-1]])
     longest = max(lengths)
@@ -414,7 +542,13 @@ def collate(rows, images, num_image_tokens):
         table[b, :n] = np.arange(start, start + n)
     labelled = [start + r.labelled.astype(np.int64) for start, r in zip(starts, rows)]
     ids = np.concatenate([r.ids for r in rows]).astype(np.int64)
-    places = np.concatenate(labelled)
+    places, label_ranges = np.concatenate(labelled), []
+    label_rows = np.repeat(np.arange(len(rows)), [len(p) for p in labelled])
+    if any(r.ranges is not None for r in rows):
+        ranges = np.concatenate([np.zeros(len(r.labelled), int) if r.ranges is None else r.ranges for r in rows])
+        order = np.argsort(ranges, kind='stable')
+        places, label_rows = places[order], label_rows[order]
+        label_ranges = [(int(r), int(n)) for r, n in zip(*np.unique(ranges, return_counts=True))]
     with_image = [(start, r) for start, r in zip(starts, rows) if r.image_at >= 0]
     kept = [image for image in images if image is not None]
     as_tensor = torch.from_numpy
@@ -425,8 +559,8 @@ def collate(rows, images, num_image_tokens):
         image_positions=as_tensor(np.concatenate(
             [start + r.image_at + np.arange(num_image_tokens) for start, r in with_image] or [np.zeros(0, np.int64)])),
         label_positions=as_tensor(places - 1), labels=as_tensor(ids[places]),
-        label_rows=as_tensor(np.concatenate([np.full(len(p), b) for b, p in enumerate(labelled)])),
-        images=as_tensor(np.stack(kept)) if kept else None, n_labels=len(places), ids=[r.item.id for r in rows])
+        label_rows=as_tensor(label_rows), images=as_tensor(np.stack(kept)) if kept else None, n_labels=len(places),
+        ids=[r.item.id for r in rows], label_ranges=label_ranges)
 
 
 @lru_cache(maxsize=4)
