@@ -188,6 +188,16 @@ def text_difference(lm, rows, rank=0, world_size=1):
     return float(np.max([d for part in all_gather(mine) for d in part]))   # of NaN and numbers: NaN, which fails
 
 
+def training_bytes(lm, optimizer):
+    """Bytes of gradients and optimizer state, here as counted and for training the full matrices as computed."""
+    width, tied = lm.new_in.shape[1], lm.llm.config.tie_word_embeddings
+    full = (lm.space.n_text + lm.space.n_new) * width * 4 * (1 if tied else 2)
+    state = [t for s in optimizer.state.values() for t in s.values() if t.ndim]
+    return {'gradient': 4 * (lm.new_in.numel() + lm.new_out.numel()),
+            'optimizer': sum(t.numel() * t.element_size() for t in state),
+            'full_gradient': full, 'full_optimizer': 2 * full}
+
+
 # -----------------------------------------------------------------------------
 # sampling under the grammar
 
