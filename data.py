@@ -4,6 +4,7 @@ ranks.
 
 Letters: B rows, T tokens of all rows together, L tokens of the longest row, M labels.
 """
+import csv
 import hashlib
 import json
 import textwrap
@@ -105,8 +106,8 @@ class Item:
     turns: tuple
 
 
-def strict_json(path):
-    """json.load that refuses NaN, Infinity and duplicate keys, with one line naming the file."""
+def parse_json(text):
+    """json.loads that refuses NaN, Infinity and duplicate keys with a ValueError."""
     def constant(name):
         raise ValueError(f'{name} is not JSON')
 
@@ -115,28 +116,32 @@ def strict_json(path):
         if len(set(keys)) < len(keys):
             raise ValueError(f'key {max(keys, key=keys.count)!r} stands twice in one object')
         return dict(items)
+    return json.loads(text, parse_constant=constant, object_pairs_hook=pairs)
+
+
+def strict_json(path):
+    """parse_json of a file, with one line naming it when it cannot be read."""
     try:
-        with open(path) as f:
-            return json.load(f, parse_constant=constant, object_pairs_hook=pairs)
+        return parse_json(Path(path).read_text())
     except OSError as e:
         raise SystemExit(f'{path}: cannot read the data set ({e.strerror}); set data_json to a LLaVA JSON file')
     except (ValueError, RecursionError) as e:
         raise SystemExit(f'{path}: not valid JSON: {e}')
 
 
-def inside(root, name, where):
+def inside(root, name, where, kind='image'):
     """root / name as a path that stays inside root; else BadSample."""
     if not isinstance(name, str) or not name:
-        raise BadSample(f'{where}: image is {name!r}, wanted a path relative to the image root')
+        raise BadSample(f'{where}: {kind} is {name!r}, wanted a path relative to the {kind} root')
     if '://' in name or Path(name).is_absolute() or '..' in Path(name).parts:
-        raise BadSample(f'{where}: image {name!r} leaves the image root, wanted a relative path without ..')
+        raise BadSample(f'{where}: {kind} {name!r} leaves the {kind} root, wanted a relative path without ..')
     path = Path(root) / name
     try:
         linked_out = not path.resolve().is_relative_to(Path(root).resolve())
     except ValueError as e:
-        raise BadSample(f'{where}: image {name!r} is no file name ({e})')
+        raise BadSample(f'{where}: {kind} {name!r} is no file name ({e})')
     if linked_out:
-        raise BadSample(f'{where}: image {name!r} is a link out of the image root')
+        raise BadSample(f'{where}: {kind} {name!r} is a link out of the {kind} root')
     return str(path)
 
 
@@ -172,6 +177,81 @@ def read_llava(path, image_root, ledger, captions=False):
     if not items:
         raise SystemExit(f'{path}: no usable sample in it')
     return items
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One image or one clip, by its path, and one text that describes it."""
+    id: str
+    modality: str
+    path: str
+    text: str
+
+
+def read_manifest(path, ledger):
+    """JSONL of {"id", "source"?, "image": path | "audio": path, "text"} -> [Pair]; paths are relative to its folder.
+
+    A line that is wrong goes to the ledger.
+    """
+    try:
+        lines = Path(path).read_bytes().splitlines()
+    except OSError as e:
+        raise SystemExit(f'{path}: cannot read this manifest ({e.strerror}); is the path right?')
+    pairs = []
+    for n, line in enumerate(lines, 1):
+        where, record = f'{path}:{n}', None
+        if not line.strip():
+            continue
+        try:
+            record = parse_json(line.decode())
+            if not isinstance(record, dict) or not isinstance(record.get('id'), str | int):
+                raise BadSample(f'{where}: no "id"')
+            where += f' (id {record["id"]})'
+            modality = [m for m in ('image', 'audio') if record.get(m) is not None]
+            if len(modality) != 1:
+                raise BadSample(f'{where}: {" and ".join(modality) or "neither image nor audio"}, wanted one of these')
+            file = inside(Path(path).parent, record[modality[0]], where, modality[0])
+            pairs.append(Pair(str(record['id']), modality[0], file, plain_text(record.get('text'), where)))
+        except (ValueError, RecursionError) as e:
+            ledger.add(f'{path}:{n}', BadSample(f'{where}: not valid JSON: {e}'), key=where)
+        except BadSample as e:
+            ledger.add(str(record.get('id', where)) if isinstance(record, dict) else where, e, key=f'{path}:{n}')
+    return pairs
+
+
+def read_sound_folder(folder, captions_csv, ledger):
+    """Captions as Clotho has them, a CSV of file_name, caption_1, caption_2, ..., for sounds in a folder -> [Pair]."""
+    try:
+        with open(captions_csv, newline='') as f:
+            records = list(csv.DictReader(f))
+    except OSError as e:
+        raise SystemExit(f'{captions_csv}: cannot read these captions ({e.strerror}); is the path right?')
+    except (csv.Error, ValueError) as e:
+        raise SystemExit(f'{captions_csv}: not a CSV of file_name, caption_1, ... ({e})')
+    pairs = []
+    for n, record in enumerate(records, 2):
+        where, columns = f'{captions_csv}:{n}', [c for c in record if c and c.startswith('caption')]
+        if 'file_name' not in record or not columns:
+            raise SystemExit(f'{captions_csv}: wanted columns file_name, caption_1, ..., found '
+                             f'{", ".join(map(str, record))}')
+        for column in columns:
+            id = f'{record["file_name"]}#{column}'
+            try:
+                file = inside(folder, record['file_name'], where, 'audio')
+                pairs.append(Pair(id, 'audio', file, plain_text(record[column], where)))
+            except BadSample as e:
+                ledger.add(id, e, key=f'{where} {column}')
+    return pairs
+
+
+def plain_text(text, where):
+    if not isinstance(text, str) or not text.strip():
+        raise BadSample(f'{where}: text is {text!r}, wanted some')
+    try:
+        text.encode()
+    except UnicodeEncodeError as e:
+        raise BadSample(f'{where}: a text that is not Unicode ({e.reason})')
+    return text.strip()
 
 
 def read_turns(turns, image, where):
@@ -399,6 +479,7 @@ class Record:
     payload: np.ndarray                # int32
     text: np.ndarray                   # int32
     media: str                         # sha256 of the media file; captions of one file share it
+    meta: dict | None = None           # what decoding its codes takes
 
 
 def write_sealed(path, content):
@@ -425,7 +506,8 @@ def write_shard(folder, name, space, media, items, **more):
     """Write folder/name.safetensors and then name.json, which says that the shard is whole and what is in it.
 
     media: [(sha256 of the file, modality, codes)], each stored once; items: [(id, index of its medium, text ids)];
-    more: JSON-able, kept in name.json. The same input gives the same bytes. Returns what name.json says.
+    more: JSON-able, kept in name.json, such as metas, what decoding takes for each of the media. The same input gives
+    the same bytes. Returns what name.json says.
 
     Tensors: ids int32, all segments end to end, first the media, then a text for each item; offsets int64, segment s is
     ids[offsets[s]:offsets[s + 1]]; kinds uint8, what each segment is; items int32 (n, 2), segments (medium, text).
@@ -437,7 +519,6 @@ def write_shard(folder, name, space, media, items, **more):
         'kinds': np.array([KINDS.index(modality) for _, modality, _ in media] + [0] * len(items), np.uint8),
         'items': np.array([(at, len(media) + n) for n, (_, at, _) in enumerate(items)], np.int32).reshape(-1, 2),
     }, metadata={'token_space': space.sha256})         # one key: several would come in any order
-    write_atomic(Path(folder) / f'{name}.safetensors', body)
     side = {'name': name, 'shard_sha256': hashlib.sha256(body).hexdigest(), 'token_space': space.sha256,
             'bytes': len(body), 'ids': sum(map(len, segments)), 'media': [sha for sha, *_ in media],
             'items': [id for id, *_ in items], **more}
@@ -481,10 +562,10 @@ def read_shards(folder, split, space=None):
     records = []
     for shard in index['splits'][split]['shards']:
         tensors, side = load_shard(folder, shard['name'], shard['sha256'], space)
-        segments = np.split(tensors['ids'], tensors['offsets'][1:-1])
-        for id, (medium, text) in zip(side['items'], tensors['items']):
+        segments, metas = np.split(tensors['ids'], tensors['offsets'][1:-1]), side.get('metas')
+        for id, (medium, text) in zip(side['items'], tensors['items'].tolist()):
             records.append(Record(id, KINDS[tensors['kinds'][medium]], segments[medium], segments[text],
-                                  side['media'][medium]))
+                                  side['media'][medium], metas and metas[medium]))
     return records
 
 

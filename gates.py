@@ -75,6 +75,24 @@ def trained_set(declared, trainable, with_gradient, before, after):
             exactly('frozen weights changed (sha256)', int(before != after), 0)]
 
 
+def tokenized(shards, wrong_shards, ids, media, checked, wrong_decodes, mismatches, rows, unlabelled, truncated):
+    """The gates on tokenized shards. ids, media: {split: [id or sha256 of the media file of everything in it]}; the
+    others count what was looked at and what of it was wrong. What was not looked at has not passed."""
+    def share(name, n, wrong):
+        return exactly(f'share of {name}', (n - wrong) / n if n else math.nan, 1)
+
+    def twice(parts):
+        keys = [key for part in parts.values() for key in part]
+        return len(keys) - len(set(keys)) if keys else math.nan
+    return [share('shards with the right sha256 and token space', shards, wrong_shards),
+            exactly('ids in two splits, or twice in one', twice(ids), 0),
+            exactly('media in two splits, or twice in one', twice(media), 0),
+            share('checked media that decode to the right size, finite', checked, wrong_decodes),
+            exactly('checked media that give other ids when encoded again', mismatches if checked else math.nan, 0),
+            exactly('rows without a label', unlabelled if rows else math.nan, 0),
+            exactly('truncated rows', truncated if rows else math.nan, 0)]
+
+
 def table(gates):
     width = max((len(g.name) for g in gates), default=0)
     return '\n'.join(f"{'pass' if g.passed else 'FAIL'}  {g.name:<{width}}  {g.value:10.4f}  {g.bar}" for g in gates)

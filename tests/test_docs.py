@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from conftest import REPO
 
-SCRIPTS = {'a1': 'train_a1.py', 'a11': 'sweep_a11.py', 'a2': 'train_a2.py', 'b3': 'train_b3.py'}
+SCRIPTS = {'a1': 'train_a1.py', 'a11': 'sweep_a11.py', 'a2': 'train_a2.py', 'b2': 'build_b2.py', 'b3': 'train_b3.py'}
 CONFIGS = sorted((REPO / 'configs').glob('*.py'))
 
 

@@ -1,5 +1,6 @@
 """Tokenized shards: what is written is what is read, damage is refused, rows and batches are as worked out by hand."""
 import json
+import resource
 
 import numpy as np
 import pytest
@@ -93,6 +94,18 @@ def test_a_missing_or_cut_file_is_refused_with_one_line(tmp_path, name):
     with pytest.raises(SystemExit) as e:
         read_shards(tmp_path, 'train')
     one_line(e.value, name, 'No such file')
+
+
+def test_a_full_disk_gets_one_line_and_leaves_no_half_of_a_shard(tmp_path):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    try:
+        with pytest.raises(SystemExit) as e:
+            write_shard(tmp_path, 'x', SPACE, [('p', 'image', np.zeros(1000, np.int32))], [])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    one_line(e.value, f'{tmp_path}/x: cannot write this shard (File too large)')
+    assert not list(tmp_path.glob('x.safetensors')) and not list(tmp_path.glob('x.json'))
 
 
 def test_two_shards_that_changed_places_are_refused(tmp_path):

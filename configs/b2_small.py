@@ -1,0 +1,15 @@
+# The small world's shards: pictures with one caption, sounds with two, a tenth of the media held out.
+# $ python build_b2.py configs/b2_small.py
+from make_small import ensure
+
+_small = ensure('captions', 'sounds', 'llm', 'image_codec', 'audio_codec')
+data_json = f'{_small}/captions/data.json'
+image_root = f'{_small}/captions/images'
+manifests = (f'{_small}/sounds/manifest.jsonl',)
+audit_dir = 'out/b1_small'
+llm = f'{_small}/llm'
+image_codec = f'{_small}/image_codec'
+audio_codec = f'{_small}/audio_codec'
+out_dir = 'out/b2_small'
+eval_share = 0.1               # B4 measures its write tasks on at least 256 items of each modality
+max_seq_len = 512
