@@ -18,15 +18,18 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import soundfile
 import torch
+from PIL import Image
 from tqdm import tqdm
 
 import gates
+import uti
 from common import (Log, StopSignal, all_gather, all_sum, check_resumable, epoch_samples_for, frozen_dtype,
                     has_checkpoint, init_ranks, load_checkpoint, lock_run, peak_memory_mb, provenance, reduce_gradients,
                     save_checkpoint, seed_everything, sha256_tensors, write_atomic)
 from configure import configure
-from data import Loader, Row, mixture, read_shards, read_texts, token_row
+from data import Loader, Row, contact_sheet, mixture, read_shards, read_texts, token_row
 from model import load_tokenizer
 from tokens import (export, export_difference, load_token_lm, random_media, read_text, row_losses, save_rows,
                     swapped_media, text_difference, training_bytes, write_codes)
@@ -37,6 +40,10 @@ from uti import TASKS, Grammar, TokenSpace
 # what goes in and out
 shards_dir = ''                # train, eval and golden items, with the token space that they were made for
 llm = ''                       # Hugging Face folder or name of the Qwen3 of that token space, kept frozen
+image_codec = ''               # of the token space, to look at what is drawn; '' keeps the codes only
+image_codec_prefix = ''        # of its weights in a larger checkpoint
+audio_codec = ''               # the same for what is sounded
+audio_codec_prefix = ''
 text_jsonl = ''                # lines of {"text": ...}: their probabilities have to stay as they are
 out_dir = 'out/b3'
 resume = False                 # go on from out_dir/ckpt; without it a folder with a checkpoint is refused
@@ -129,6 +136,12 @@ if rank == 0:
     print(f'{len(train.rows)} rows to train on, {sum(map(len, eval_rows.values()))} to evaluate; '
           f'{space.n_new} new rows twice, {sum(p.numel() for p in trainable.values()):,} parameters')
 
+codecs, has_codec = None, {'image': image_codec, 'audio': audio_codec}
+if rank == 0 and any(has_codec.values()):
+    codecs = uti.UTI(space, tokenizer, uti.load_image_codec(image_codec, image_codec_prefix) if image_codec else None,
+                     uti.load_audio_codec(audio_codec, space.audio['samples'] / space.audio['sample_rate'],
+                                          audio_codec_prefix) if audio_codec else None)
+
 # optimizer: its state is for the new rows alone
 optimizer = torch.optim.AdamW(trainable.values(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=weight_decay,
                               fused=device.type == 'cuda')
@@ -219,7 +232,23 @@ def generate_golden(folder):
             write_atomic(folder / f'{task}.jsonl', ''.join(json.dumps({
                 'id': row.item.id, 'media_sha256': row.item.media, 'truth': tokenizer.decode(row.item.text),
                 'prediction' if way == 'read' else 'codes': done[i]}) + '\n' for i, row in enumerate(rows)))
+            if way == 'write' and has_codec[modality]:
+                show(folder / task, modality, [row.item for row in rows], [done[i] for i in range(len(rows))])
     lm.train()
+
+
+def show(folder, modality, records, codes):
+    """Decode what was drawn or sounded: a file an item, and of pictures one sheet with their prompts."""
+    folder.mkdir(parents=True, exist_ok=True)
+    decode = codecs.decode_image if modality == 'image' else codecs.decode_audio
+    files = [folder / f'{n:03d}.{"png" if modality == "image" else "wav"}' for n in range(len(records))]
+    for file, made in zip(files, decode(np.array(codes), [record.meta for record in records])):
+        if modality == 'image':
+            Image.fromarray(made.transpose(1, 2, 0)).save(file)
+        else:
+            soundfile.write(file, made, space.audio['sample_rate'])
+    if modality == 'image':
+        contact_sheet(f'{folder}.png', files, [tokenizer.decode(record.text) for record in records])
 
 
 # the loop

@@ -13,9 +13,11 @@ import time
 
 import numpy as np
 import pytest
+import soundfile
 import torch
 from conftest import REPO, read_log, run_script
-from test_uti import AUDIO, IMAGE
+from PIL import Image
+from stub_codecs import AUDIO, IMAGE
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
 import make_small
@@ -103,10 +105,11 @@ log_every = 1
 
 @pytest.fixture(scope='module')
 def straight(config, tmp_path_factory):
-    """The out dir of one uninterrupted run, and what it printed."""
+    """The out dir of one uninterrupted run, with codecs to decode by, and what it printed."""
     out = tmp_path_factory.mktemp('straight')
-    done = run_script('train_b3.py', config, f'--out_dir={out}')
-    assert 'Traceback' not in done.stderr, done.stderr
+    done = run_script('tests/stub_codecs.py', 'train_b3.py', config, f'--out_dir={out}', '--image_codec=stub',
+                      '--audio_codec=stub')
+    assert (out / 'gates.json').exists(), done.stderr
     return out, done
 
 
@@ -147,7 +150,10 @@ def test_it_learns_passes_its_gates_and_leaves_everything_it_promises(straight, 
         assert len(lines(golden / f'{task}.jsonl')) == 4
         for line in lines(golden / f'{task}.jsonl'):
             Grammar(space).check_payload(modality, line['codes'])
-    record = json.loads((out / 'gates.json').read_text())
+    with Image.open(golden / 't2i' / '003.png') as image:
+        assert image.size == (4, 4) and (golden / 't2i.png').exists()
+    assert soundfile.info(golden / 't2a' / '003.wav').frames == 8
+    record = json_of(out / 'gates.json')
     assert record['bytes']['full_gradient'] * 2 == record['bytes']['gradient'] * 548 / 36   # the base is tied
     assert (out / 'curves.png').exists() and json.loads((out / 'status.json').read_text())['state'] == 'finished'
 
