@@ -154,9 +154,11 @@ for modality in sorted({modality for _, modality in media}):
         if len(golden) == n_golden:
             break
     chosen['golden'] += golden
-    held = [key for key in keys if key not in set(golden) and draw('eval', key[0]) < eval_share]
+    looked_at = set(golden)
+    held = [key for key in keys if key not in looked_at and draw('eval', key[0]) < eval_share]
+    train = [key for key in keys if key not in looked_at and draw('eval', key[0]) >= eval_share]
     chosen['eval'] += held
-    chosen['train'] += (train := [key for key in keys if key not in {*golden, *held}])
+    chosen['train'] += train
     if len(golden) < n_golden or not held or not train:
         raise SystemExit(f'{len(keys)} media files of {modality}: {len(train)} to train on, {len(held)} to evaluate on '
                          f'and {len(golden)} of {n_golden} golden; add data or change eval_share and n_golden')

@@ -522,7 +522,12 @@ def write_shard(folder, name, space, media, items, **more):
     side = {'name': name, 'shard_sha256': hashlib.sha256(body).hexdigest(), 'token_space': space.sha256,
             'bytes': len(body), 'ids': sum(map(len, segments)), 'media': [sha for sha, *_ in media],
             'items': [id for id, *_ in items], **more}
-    write_sealed(Path(folder) / f'{name}.json', side)
+    try:
+        write_atomic(Path(folder) / f'{name}.safetensors', body)
+        write_sealed(Path(folder) / f'{name}.json', side)
+    except OSError as e:
+        raise SystemExit(f'{folder}/{name}: cannot write this shard ({e.strerror}); make room and start again, the '
+                         'finished ones are kept')
     return side
 
 
