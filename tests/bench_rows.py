@@ -47,7 +47,7 @@ def load(way):
     torch.manual_seed(1)
     lm = TokenLM(llm, SPACE)
     grammar, rng, rows = Grammar(SPACE), np.random.default_rng(0), []
-    for task in ('i2t', 'a2t', 't2i', 't2a') * 2:
+    for task in ('i2t', 'a2t', 't2i', 't2a'):
         modality = 'image' if 'i' in task else 'audio'
         payload = rng.integers(*grammar.bounds(grammar.payload_ranges[modality]))
         rows.append(token_row(Record('', modality, payload, rng.integers(0, 151_000, 24), ''), task, grammar, 128))
@@ -93,7 +93,7 @@ def gradients(way):
     return loss.item(), torch.stack([p.grad[-SPACE.n_new:] for p in trained]).numpy()
 
 
-def seconds(ways, n=5):
+def seconds(ways, n=3):
     """{way: n times}, interleaved."""
     made = {way: load(way) for way in ways}
     optimizers = {way: torch.optim.AdamW(trained, lr=1e-3, weight_decay=0.0) for way, (*_, trained) in made.items()}
