@@ -114,9 +114,10 @@ def checked(key, value, settings, where):
 def print_help(namespace, settings):
     """The docstring, then each setting as its line in the source says it, comment and all."""
     print((namespace.get('__doc__') or '').strip() + '\n\nsettings:')
-    for line in Path(namespace['__file__']).read_text().splitlines():
-        match = re.match(r'([A-Za-z]\w*) = ', line)
+    source = Path(namespace['__file__']).read_text()
+    for line in source.split("\nif __name__ == '__main__':\n")[-1].splitlines():   # a module that is also a script
+        match = re.match(r'\s*([A-Za-z]\w*) = ', line)
         if match and match[1] in settings:
-            print('  ' + line)
+            print('  ' + line.strip())
         if re.search(r'\bconfigure\(globals\(\)\)', line):
             break

@@ -7,6 +7,7 @@ Letters: B rows, T tokens of all rows together, L tokens of the longest row, M l
 import csv
 import hashlib
 import json
+import math
 import textwrap
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -92,6 +93,66 @@ def contact_sheet(path, images, captions, columns=8, side=160, lines=6):
         sheet.paste(Image.fromarray(read_image(image, side).transpose(1, 2, 0)), (x, y))
         pen.text((x, y + side + 2), '\n'.join(textwrap.wrap(text, side // 6)[:lines]), fill='black')
     sheet.save(path)
+
+
+# -----------------------------------------------------------------------------
+# sounds
+
+
+def read_audio(path, sample_rate, clip_samples):
+    """WAV, FLAC or OGG file -> float32 (n,), mono, at sample_rate, n <= clip_samples; what follows is not read.
+
+    Channels are averaged, whole numbers come as [-1, 1], other rates go through resample(). Raises BadSample with one
+    line for a file that is absent, truncated, no sound, empty, silent in the clip, or holds NaN or infinity.
+    """
+    import soundfile
+    try:
+        with open(path, 'rb') as f:
+            head = f.read(12)
+            size = f.seek(0, 2)
+        said = int.from_bytes(head[4:8], 'little') + 8
+        if head[:4] == b'RIFF' and head[8:] == b'WAVE' and 8 < said < 2 ** 32 and said > size:
+            raise BadSample(f'{path}: truncated, {size} bytes of {said}')   # libsndfile takes what is there for all
+        with soundfile.SoundFile(path) as f:
+            have, length = f.samplerate, f.frames
+            wanted = min(length, -(-clip_samples * have // sample_rate) + resample_reach(have, sample_rate))
+            wave = f.read(wanted, dtype='float32', always_2d=True)
+    except FileNotFoundError:
+        raise BadSample(f'{path}: no such sound')
+    except (OSError, soundfile.SoundFileError) as e:
+        raise BadSample(f'{path}: not a whole sound ({str(e).splitlines()[0]})')
+    if len(wave) < wanted:
+        raise BadSample(f'{path}: truncated, {len(wave)} samples where there should be {wanted}')
+    if not len(wave):
+        raise BadSample(f'{path}: holds no sample')
+    if not np.isfinite(wave).all():
+        raise BadSample(f'{path}: NaN or infinity in the samples')
+    wave = resample(wave.mean(1), have, sample_rate)[:clip_samples]
+    if not np.abs(wave).max() > 1e-4:                  # 80 dB below full scale: not even 8-bit noise
+        raise BadSample(f'{path}: silent in its first {clip_samples / sample_rate:g} s')
+    return wave
+
+
+def resample_reach(have, want, crossings=16, rolloff=0.95):
+    """Samples on either side that one resampled sample is made from."""
+    return -(-crossings * max(have, want) // int(want * rolloff)) if have != want else 0
+
+
+def resample(wave, have, want, crossings=16, rolloff=0.95):
+    """float32 (n,) at rate have -> (ceil(n want / have),) at rate want, by a sinc under a Hann window, 16 crossings
+    to each side, which ends at 0.95 of the lower of the two Nyquist frequencies."""
+    if have == want:
+        return wave
+    common = math.gcd(have, want)
+    have, want = have // common, want // common
+    cutoff = min(have, want) * rolloff
+    reach = math.ceil(crossings * have / cutoff)
+    taps = np.arange(-reach, reach + have) / have
+    t = np.clip((taps[None] - np.arange(want)[:, None] / want) * cutoff, -crossings, crossings)
+    kernel = np.sinc(t) * np.cos(np.pi * t / crossings / 2) ** 2 * cutoff / have        # one row for each phase
+    padded = np.pad(wave.astype(np.float64), (reach, reach + have))
+    frames = np.lib.stride_tricks.sliding_window_view(padded, len(taps))[::have]
+    return (frames @ kernel.T).ravel()[:-(-len(wave) * want // have)].astype(np.float32)
 
 
 # -----------------------------------------------------------------------------

@@ -3,15 +3,16 @@ Stage 0: the small world. Data whose truth is known and base models trained on t
 CPU cores without a network and its results can be checked.
 
 reads   nothing
-writes  data/small/{captions,instruct,text,llm,vision}/     formats: LLaVA JSON + images/, JSONL, Hugging Face folders
+writes  data/small/{captions,instruct,sounds,text,llm,vision,image_codec,audio_codec}/
+        formats: LLaVA JSON + images/, JSONL + audio/, JSONL, Hugging Face folders
 done    when every part that was asked for is in place; a finished part is left alone
 
 $ python make_small.py                                # every part
 $ python make_small.py --parts="('captions','llm')"   # only these
 $ python make_small.py --score=out/a1_small           # a stage's predictions against the truth; exits 1 below the bar
 
-What a scene is and how it is drawn, named and read back: world.py. Scenes of `captions`, `instruct` and `vision` come
-from different seeds; no scene is in both `captions` and `instruct`.
+What a scene or a sound is and how it is drawn or played, named and read back: world.py. Scenes of `captions`,
+`instruct` and `vision` come from different seeds; no scene is in both `captions` and `instruct`.
 """
 import json
 import math
@@ -29,8 +30,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from world import (
-    BACKGROUNDS, COLOURS, NUMBERS, PATCH, PIXELS, PLACES, SHAPES, SIZES, THING, Scene, Thing, caption, chat, choose,
-    draw, random_scene, score_caption)
+    BACKGROUNDS, COLOURS, NUMBERS, PATCH, PIXELS, PLACES, RATE, SHAPES, SIZES, THING, Scene, Thing, caption, chat,
+    choose, draw, play, random_scene, random_sound, score_caption, sound_caption)
 
 ROOT = Path(__file__).resolve().parent / 'data' / 'small'
 Named = namedtuple('Named', 'id')                      # an item of which only the id matters
@@ -400,14 +401,46 @@ def make_instruct(folder):
     make_captions(folder, n=6000, seed=105, kind='instruct', taken=taken)
 
 
+def make_sounds(folder, n=2400, seed=108):
+    """manifest.jsonl: {"id", "source", "audio", "text"} a line, two a clip; audio/; truth.json: {id: sound}."""
+    import soundfile
+    (folder / 'audio').mkdir(parents=True)
+    rng, truth = np.random.default_rng(seed), {}
+    with open(folder / 'manifest.jsonl', 'w') as f:
+        for k in tqdm(range(n), 'sounds', disable=None):
+            sound, audio, texts = random_sound(rng), f'audio/{k:06d}.wav', []
+            soundfile.write(folder / audio, play(sound, rng), RATE, subtype='PCM_16')
+            while len(texts) < 2:
+                text = sound_caption(sound, rng)
+                texts += [text] * (text not in texts)
+            for n_text, text in enumerate(texts):
+                id = f'sounds-{k:06d}-{n_text}'
+                f.write(json.dumps({'id': id, 'source': 'sounds', 'audio': audio, 'text': text}) + '\n')
+                truth[id] = sound
+    (folder / 'truth.json').write_text(json.dumps(truth))
+
+
+def make_image_codec(folder):
+    from small_codecs import make_image_codec
+    make_image_codec(folder)
+
+
+def make_audio_codec(folder):
+    from small_codecs import make_audio_codec
+    make_audio_codec(folder)
+
+
 PARTS = {                                              # part: what it needs, how it is made
     'captions': ((), make_captions),
     'instruct': (('captions',), make_instruct),
     'text': ((), make_text),
     'llm': (('text',), lambda folder: make_llm(folder, folder.parent / 'text')),
     'vision': (('text',), lambda folder: make_vision(folder, folder.parent / 'text')),
+    'sounds': ((), make_sounds),
+    'image_codec': ((), make_image_codec),
+    'audio_codec': ((), make_audio_codec),
 }
-MODELS = ('llm', 'vision')                             # made side by side on one thread each: none waits for another
+MODELS = ('llm', 'vision', 'image_codec', 'audio_codec')   # made side by side on one thread each
 
 
 def ensure(*parts, root=ROOT):
