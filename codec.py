@@ -284,7 +284,7 @@ def checkpoint(path, prefix=''):
     """
     from transformers.utils import cached_file
     try:
-        config = json.loads(Path(cached_file(path, 'config.json')).read_text())
+        config = json.loads(Path(cached_file(path, 'config.json') or Path(path) / 'config.json').read_text())
         if not prefix:
             return config, None
         index = cached_file(path, 'model.safetensors.index.json', _raise_exceptions_for_missing_entries=False)
@@ -402,7 +402,7 @@ def log_mel(waves, rate, bands=40):
     rising = (f - edges[:-2, None]) / (edges[1:-1] - edges[:-2])[:, None]
     falling = (edges[2:, None] - f) / (edges[2:] - edges[1:-1])[:, None]
     filters = torch.from_numpy(np.clip(np.minimum(rising, falling), 0, None)).float()
-    return torch.log(filters @ spectrum + 1e-3)        # the floor is 60 dB or so below a loud tone
+    return torch.log(filters @ spectrum + 0.1)         # the floor is 50 dB below a tone at full scale
 
 
 def log_mel_distance(truth, decoded, rate):

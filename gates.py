@@ -66,6 +66,22 @@ def ablation(name, better, worse, counts, bar=0.0, min_win=0.0, n_bootstrap=2000
     return Gate(name, measured['d'], f"{wanted}; [{low:.3f}, {high:.3f}], win {measured['win']:.3f}", passed), measured
 
 
+def no_regression(measured, baseline, same, slack):
+    """One gate for each measure that the baseline holds: no worse by more than its slack, an absolute drop where that
+    is negative, a share of the baseline's where it is positive (a distance, which must not rise). same: {name: value}
+    of what both must have been measured on; where one differs nothing can be compared, and that gate fails."""
+    gates = []
+    for name, value in same.items():
+        gates.append(exactly(f'{name} is not that of the baseline', int(baseline.get(name) != value), 0))
+    for name, by in slack.items():
+        if name in baseline and by < 0:
+            gates.append(at_least(f'{name} against the baseline', measured.get(name, math.nan), baseline[name] + by))
+        elif name in baseline:
+            bar = baseline[name] * (1 + by)
+            gates.append(at_most(f'{name} against the baseline', measured.get(name, math.nan), bar))
+    return gates
+
+
 def trained_set(declared, trainable, with_gradient, before, after):
     """The three gates on what was trained: declared, trainable and with_gradient are sets of names; before and after
     the sha256 of everything frozen."""

@@ -1,0 +1,20 @@
+# The small world's B1: 64 codes of 1,024 a picture of 32 x 32, 32 frames x 2 codes of 512 a second of sound.
+# $ python uti.py configs/b1_small.py
+from make_small import ensure
+
+_small = ensure('captions', 'sounds', 'llm', 'image_codec', 'audio_codec')
+llm = f'{_small}/llm'
+image_codec = f'{_small}/image_codec'
+audio_codec = f'{_small}/audio_codec'
+data_json = f'{_small}/captions/data.json'
+image_root = f'{_small}/captions/images'
+image_truth = f'{_small}/captions/truth.json'
+manifest_jsonl = f'{_small}/sounds/manifest.jsonl'
+audio_root = f'{_small}/sounds'
+audio_truth = f'{_small}/sounds/truth.json'
+out_dir = 'out/b1_small'
+n_items = 512
+gate_psnr = 28.0
+gate_ssim = 0.9
+gate_si_snr = 6.0
+gate_log_mel = 0.5
