@@ -40,9 +40,9 @@ from uti import TASKS, Grammar, TokenSpace
 # what goes in and out
 shards_dir = ''                # train, eval and golden items, with the token space that they were made for
 llm = ''                       # Hugging Face folder or name of the Qwen3 of that token space, kept frozen
-image_codec = ''               # of the token space, to look at what is drawn; '' keeps the codes only
+image_codec = ''               # both of the token space, to decode what is drawn and sounded; '' keeps the codes only
 image_codec_prefix = ''        # of its weights in a larger checkpoint
-audio_codec = ''               # the same for what is sounded
+audio_codec = ''
 audio_codec_prefix = ''
 text_jsonl = ''                # lines of {"text": ...}: their probabilities have to stay as they are
 out_dir = 'out/b3'
@@ -104,6 +104,8 @@ grammar, tokenizer = Grammar(space), load_tokenizer(llm)
 unknown = [task for task in task_weights if TASKS.get(task, (None,))[0] not in grammar.payload_ranges]
 if unknown or min(task_weights.values(), default=-1) < 0 or not any(task_weights.values()):
     raise SystemExit(f'task_weights = {task_weights}: wanted shares of the tasks that this token space has codes for')
+if uti.tokenizer_sha256(tokenizer) != space.base['tokenizer_sha256']:
+    raise SystemExit(f'{llm} has another tokenizer than {shards_dir} was made with: take the base model of stage B1')
 tasks = [task for task, weight in task_weights.items() if weight]
 
 
@@ -136,11 +138,12 @@ if rank == 0:
     print(f'{len(train.rows)} rows to train on, {sum(map(len, eval_rows.values()))} to evaluate; '
           f'{space.n_new} new rows twice, {sum(p.numel() for p in trainable.values()):,} parameters')
 
-codecs, has_codec = None, {'image': image_codec, 'audio': audio_codec}
-if rank == 0 and any(has_codec.values()):
-    codecs = uti.UTI(space, tokenizer, uti.load_image_codec(image_codec, image_codec_prefix) if image_codec else None,
+codecs = None
+if rank == 0 and (image_codec or audio_codec):         # UTI refuses all but the token space's own
+    codecs = uti.UTI(space, tokenizer,
+                     uti.load_image_codec(image_codec, image_codec_prefix) if image_codec else None,
                      uti.load_audio_codec(audio_codec, space.audio['samples'] / space.audio['sample_rate'],
-                                          audio_codec_prefix) if audio_codec else None)
+                                          audio_codec_prefix, space.audio['codebooks']) if audio_codec else None)
 
 # optimizer: its state is for the new rows alone
 optimizer = torch.optim.AdamW(trainable.values(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=weight_decay,
@@ -232,7 +235,7 @@ def generate_golden(folder):
             write_atomic(folder / f'{task}.jsonl', ''.join(json.dumps({
                 'id': row.item.id, 'media_sha256': row.item.media, 'truth': tokenizer.decode(row.item.text),
                 'prediction' if way == 'read' else 'codes': done[i]}) + '\n' for i, row in enumerate(rows)))
-            if way == 'write' and has_codec[modality]:
+            if way == 'write' and codecs:
                 show(folder / task, modality, [row.item for row in rows], [done[i] for i in range(len(rows))])
     lm.train()
 

@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config, Qwen3
 import make_small
 from common import sha256_file
 from data import write_sealed, write_shard
-from uti import Grammar, TokenSpace
+from uti import Grammar, TokenSpace, tokenizer_sha256
 
 WORDS = [' red', ' blue', ' green', ' yellow']
 ABLATIONS = [f"{task}: {what} cost more than the right ones" for task in ('i2t', 'a2t')
@@ -52,7 +52,7 @@ def make_llm(tiny, folder):
 def make_shards(folder, tiny, image=IMAGE, shuffled=False):
     """60 items of each modality to train on, 24 to evaluate, 6 golden; shuffled: train texts dealt anew."""
     tokenizer = AutoTokenizer.from_pretrained(tiny / 'llm')
-    space = TokenSpace({'name': 'tiny', 'text_rows': 512, 'tokenizer_sha256': 'ab',
+    space = TokenSpace({'name': 'tiny', 'text_rows': 512, 'tokenizer_sha256': tokenizer_sha256(tokenizer),
                         'end_of_text': tokenizer.convert_tokens_to_ids('<|im_end|>')}, image, AUDIO)
     grammar, rng = Grammar(space), np.random.default_rng(0)
     texts = [tokenizer.encode(word)[:1] for word in WORDS]
