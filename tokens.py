@@ -37,7 +37,7 @@ from uti import SPECIALS, TASKS, TokenSpace
 
 def fresh_rows(matrix, n, noise):
     """n rows around the mean row of a base matrix (V, D), in float32: all alike but for noise of this deviation."""
-    mean = matrix.detach().float().mean(0)                                                      # (D,)
+    mean = matrix.detach().mean(0, dtype=torch.float32)                                         # (D,)
     return nn.Parameter(mean + noise * torch.randn(n, matrix.shape[1]).to(mean.device))
 
 

@@ -64,7 +64,7 @@ def load(way):
         return llm, batch, trained
     new = list(range(V, SPACE.total))
     llm = get_peft_model(llm, TrainableTokensConfig(
-        token_indices={'embed_tokens': new, 'lm_head': new}, task_type='CAUSAL_LM'))
+        token_indices=new, target_modules=['embed_tokens', 'lm_head'], task_type='CAUSAL_LM'))
     return llm, batch, [p for p in llm.parameters() if p.requires_grad]
 
 
