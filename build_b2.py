@@ -21,6 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import torch
 from tqdm import tqdm
 
 import gates
@@ -28,8 +29,7 @@ from common import all_gather, all_sum, init_ranks, lock_run, provenance, sha256
 from configure import configure
 from data import (SPLITS, BadSample, Ledger, Pair, collate, load_shard, read_audio, read_image, read_index, read_llava,
                   read_manifest, read_sealed, read_shards, read_sound_folder, token_row, write_sealed, write_shard)
-from model import load_tokenizer
-from uti import TASKS, UTI, Grammar, TokenSpace, canonical, load_audio_codec, load_image_codec
+from uti import TASKS, UTI, Grammar, TokenSpace, canonical
 
 # -----------------------------------------------------------------------------
 # settings; override any with a config file or --key=value
@@ -41,11 +41,11 @@ image_root = ''                # image paths in data_json are relative to this f
 sound_dir = ''                 # folder of WAV, FLAC or OGG files; '' for none
 sound_captions = ''            # CSV of file_name, caption_1, caption_2, ... for them
 audit_dir = ''                 # of stage B1: the token space, and the verdict on its codecs
-llm = ''                       # Hugging Face folder or name of the model whose tokenizer encodes the texts
+llm = ''                       # Hugging Face folder or name: its tokenizer and rows; no weight of it is read
 image_codec = ''               # Hugging Face folder or name; '' where the token space has no images
-image_codec_prefix = ''        # of its weights in a larger checkpoint
-audio_codec = ''
-audio_codec_prefix = ''
+image_prefix = ''              # where in a larger checkpoint the codec is
+audio_codec = ''               # how long a clip is, and how large a picture, the token space says
+audio_prefix = ''
 out_dir = 'out/b2'
 max_bad_samples = 0            # more unusable samples than this end the run; up to it they go to bad_samples.jsonl
 allow_failed_gates = False     # take codecs whose audit failed
@@ -77,11 +77,16 @@ all_sum(0)
 # the token space, and the codecs it was made for
 gates.require_passed(audit_dir, allow_failed_gates)
 space = TokenSpace.load(Path(audit_dir) / 'token_space.json')
+uti = UTI.build(llm, image_codec, audio_codec, **({
+    'clip_seconds': space.audio['samples'] / space.audio['sample_rate'], 'audio_prefix': audio_prefix,
+    'audio_codebooks': space.audio['codebooks']} if space.audio else {}), **({
+        'image_prefix': image_prefix, 'image_size': space.image['size']} if space.image else {}))
+uti.space.require(space, audit_dir)
+torch.backends.cudnn.allow_tf32 = False                # codes come from float32, as they did in the audit
+for codec in (uti.image_codec, uti.audio_codec):
+    if codec:
+        codec.to(device)
 grammar = Grammar(space)
-uti = UTI(space, load_tokenizer(llm),
-          load_image_codec(image_codec, image_codec_prefix) if space.image else None,
-          load_audio_codec(audio_codec, space.audio['samples'] / space.audio['sample_rate'], audio_codec_prefix)
-          if space.audio else None)
 READ = {'image': lambda path: read_image(path, space.image['size']),
         'audio': lambda path: read_audio(path, space.audio['sample_rate'], space.audio['samples'])}
 ENCODE = {'image': uti.encode_image, 'audio': uti.encode_audio}
@@ -287,7 +292,7 @@ def decodes(record):
     shape = (3, space.image['size'], space.image['size']) if record.modality == 'image' else (record.meta['n_samples'],)
     try:
         made = DECODE[record.modality](record.payload[None], [record.meta])[0]
-    except SystemExit:                                 # an id outside its range
+    except SystemExit:                                 # an id out of range, another rate, NaN
         return False
     return made.shape == shape and bool(np.isfinite(made).all())
 

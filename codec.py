@@ -41,7 +41,16 @@ class Codec:
     """What all adapters share. model: a module without gradients, in eval mode, float32."""
     def __init__(self, model, settings):
         self.model, self.settings = model.eval().float().requires_grad_(False), settings
-        self.sha256 = sha256_tensors(model.state_dict().items())
+        self.sha256, self.device = sha256_tensors(model.state_dict().items()), torch.device('cpu')
+
+    def to(self, device):
+        """The same codec with its arithmetic on this device; what goes in and comes out stays on the CPU."""
+        self.device = torch.device(device)
+        self.model.to(self.device)
+        return self
+
+    def run(self, function, items):
+        return in_equal_batches(lambda x: function(x.to(self.device)).cpu(), items)
 
     def check(self, codes, shape, where):
         """Exit unless codes has this shape, (B, *shape), and every one is in [0, codes)."""
@@ -78,12 +87,12 @@ class ImageCodec(Codec):
         if images.dtype != torch.uint8 or images.shape[1:] != (3, self.size, self.size):
             raise SystemExit(f'pictures: {images.dtype} {tuple(images.shape)}, wanted uint8 (B, 3, {self.size}, '
                              f'{self.size}), the size of {type(self.model).__name__}')
-        codes = in_equal_batches(lambda x: self.to_codes(x / 127.5 - 1), images)
+        codes = self.run(lambda x: self.to_codes(x / 127.5 - 1), images)
         return self.check(codes, (self.side ** 2,), 'encoded picture')
 
     @torch.no_grad()
     def decode(self, codes):
-        pixels = in_equal_batches(self.to_pixels, self.check(codes, (self.side ** 2,), 'picture'))
+        pixels = self.run(self.to_pixels, self.check(codes, (self.side ** 2,), 'picture'))
         return ((finite(pixels, 'picture') + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
@@ -186,13 +195,13 @@ class AudioCodec(Codec):
                              f'whole clips at {self.rate} Hz')
         if not torch.isfinite(waves).all():
             raise SystemExit('sounds: NaN or infinity in the samples')
-        codes = in_equal_batches(self.to_codes, waves).transpose(1, 2)
+        codes = self.run(self.to_codes, waves).transpose(1, 2).contiguous()
         return self.check(codes, (self.frames, self.codebooks), 'encoded sound')
 
     @torch.no_grad()
     def decode(self, codes):
         codes = self.check(codes, (self.frames, self.codebooks), 'sound').transpose(1, 2)
-        waves = finite(in_equal_batches(self.to_wave, codes), 'sound')
+        waves = finite(self.run(self.to_wave, codes), 'sound')
         # some codecs return a few samples more or less than their frames hold: cut, or filled up with silence
         return F.pad(waves, (0, max(0, self.samples - waves.shape[1])))[:, :self.samples].float()
 
@@ -207,8 +216,10 @@ class EncodecSounds(AudioCodec):
                          config.codebook_size)
 
     def to_codes(self, x):
-        most = self.model.config.target_bandwidths[-1]
-        return self.model.encode(x[:, None], bandwidth=most).audio_codes[0][:, :self.codebooks]   # residual: a prefix
+        # the lowest rate that has enough codebooks; they are residual, so the first of many are those of few
+        enough = next(b for b in sorted(self.model.config.target_bandwidths)
+                      if self.model.quantizer.get_num_quantizers_for_bandwidth(b) >= self.codebooks)
+        return self.model.encode(x[:, None], bandwidth=enough).audio_codes[0][:, :self.codebooks]
 
     def to_wave(self, codes):
         return self.model.decode(codes[None], [None]).audio_values[:, 0]
@@ -263,9 +274,9 @@ class Xcodec2Sounds(AudioCodec):
                              'its speech encoder takes one of 320 at 16000')
 
     def to_codes(self, x):
-        padded = F.pad(x, (160, 160)).numpy()
+        padded = F.pad(x, (160, 160)).cpu().numpy()
         features = [self.mel(wave, sampling_rate=16_000, padding=False)['input_features'][0] for wave in padded]
-        features = torch.from_numpy(np.stack(features))[:, :self.frames]
+        features = torch.from_numpy(np.stack(features))[:, :self.frames].to(x.device)
         return self.model.encode(x[:, None], input_features=features).audio_codes
 
     def to_wave(self, codes):
@@ -298,7 +309,9 @@ def checkpoint(path, prefix=''):
         raise SystemExit(f'{path}: cannot read a codec here ({str(e).splitlines()[0]})')
     if not tensors:
         raise SystemExit(f'{path}: no weight below {prefix!r}')
-    return config.get('vq_config', config), tensors
+    if 'vq_config' in config:
+        return {'model_type': f'{config.get("model_type")}_vqgan', **config['vq_config']}, tensors
+    return config, tensors
 
 
 def load_model(path, prefix, config, tensors, cls):
@@ -328,16 +341,18 @@ def plain(config):
 def load_image_codec(path, prefix='', size=0):
     """Hugging Face folder or name -> adapter. prefix: the codec is a part of a larger checkpoint, for example
     'model.vqmodel.' of Janus. size: pixels, for codecs that take any."""
-    from transformers import Emu3VQVAE, JanusVQVAE
+    import transformers                                # each of its classes is a second of imports: only the one
     config, tensors = checkpoint(path, prefix)
     kind = config.get('model_type')
     if kind == 'patches':
         model = Patches(load_file(Path(path) / 'model.safetensors')['patches'].float(), config['size'], config['patch'])
         codec = PatchImages(model, plain(config))
     elif kind == 'janus_vqgan':
-        codec = JanusImages(load_model(path, prefix, config, tensors, JanusVQVAE), plain(config))
+        model = load_model(path, prefix, config, tensors, transformers.JanusVQVAE)
+        codec = JanusImages(model, plain(config))
     elif kind == 'emu3_vqgan':
-        codec = Emu3Images(load_model(path, prefix, config, tensors, Emu3VQVAE), plain(config), size)
+        model = load_model(path, prefix, config, tensors, transformers.Emu3VQVAE)
+        codec = Emu3Images(model, plain(config), size)
     else:
         raise SystemExit(f'{path}: model_type {kind!r} is no picture codec that decodes: wanted janus_vqgan, '
                          'emu3_vqgan or patches (of a larger checkpoint: set its prefix)')
@@ -348,15 +363,16 @@ def load_image_codec(path, prefix='', size=0):
 
 def load_audio_codec(path, clip_seconds, prefix='', codebooks=0):
     """Hugging Face folder or name -> adapter for clips of clip_seconds. codebooks: how many to use, 0 for all."""
-    from transformers import DacModel, EncodecModel, MimiModel, Xcodec2Model
+    import transformers
     config, tensors = checkpoint(path, prefix)
-    kinds = {'encodec': (EncodecModel, EncodecSounds), 'dac': (DacModel, DacSounds), 'mimi': (MimiModel, MimiSounds),
-             'xcodec2': (Xcodec2Model, Xcodec2Sounds)}
+    kinds = {'encodec': ('EncodecModel', EncodecSounds), 'dac': ('DacModel', DacSounds),
+             'mimi': ('MimiModel', MimiSounds), 'xcodec2': ('Xcodec2Model', Xcodec2Sounds)}
     if config.get('model_type') not in kinds:
         raise SystemExit(f'{path}: model_type {config.get("model_type")!r} is no sound codec known here: wanted '
                          f'{", ".join(kinds)}')
-    cls, adapter = kinds[config['model_type']]
-    return adapter(load_model(path, prefix, config, tensors, cls), plain(config), clip_seconds, codebooks)
+    name, adapter = kinds[config['model_type']]
+    model = load_model(path, prefix, config, tensors, getattr(transformers, name))
+    return adapter(model, plain(config), clip_seconds, codebooks)
 
 
 # -----------------------------------------------------------------------------

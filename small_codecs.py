@@ -36,7 +36,7 @@ def k_means(x, n, generator, rounds=12):
 # pictures
 
 
-def make_image_codec(folder, n_pictures=2500, n_codes=1024, n_flat=64, size=32, patch=4):
+def make_image_codec(folder, n_pictures=2500, n_codes=1024, n_flat=64, size=32, patch=4, n_tested=256):
     """A codebook of patches. Most patches show plain background: k-means would spend its codes on their tints, so they
     get their own few."""
     rng, generator = np.random.default_rng(106), torch.Generator().manual_seed(106)
@@ -52,7 +52,7 @@ def make_image_codec(folder, n_pictures=2500, n_codes=1024, n_flat=64, size=32, 
     Patches(book.round().clamp(0, 255), size, patch).save(folder)
 
     codec = load_image_codec(folder)
-    scenes = [random_scene(rng) for _ in range(256)]
+    scenes = [random_scene(rng) for _ in range(n_tested)]
     truth = np.stack([picture(scene) for scene in scenes])
     decoded = codec.decode(codec.encode(torch.from_numpy(truth).permute(0, 3, 1, 2))).permute(0, 2, 3, 1).numpy()
     report(folder, 'image_codec', {'psnr': psnr(truth, decoded).mean()}, map(see, decoded), scenes)
@@ -124,7 +124,7 @@ def become_linear(model, components, wave_offset=2.0, code_offset=25.0):
 
 
 @torch.no_grad()
-def make_audio_codec(folder, n_clips=2000, n_codes=512, n_codebooks=2, filters=20):
+def make_audio_codec(folder, n_clips=2000, n_codes=512, n_codebooks=2, filters=20, n_tested=256):
     """An EnCodec of 32 frames a second and two codebooks: 64 codes a clip."""
     from transformers import EncodecConfig, EncodecModel
     torch.manual_seed(107)
@@ -149,7 +149,7 @@ def make_audio_codec(folder, n_clips=2000, n_codes=512, n_codebooks=2, filters=2
     model.save_pretrained(folder)
 
     codec = load_audio_codec(folder, clip_seconds=1.0)
-    sounds = [random_sound(rng) for _ in range(256)]
+    sounds = [random_sound(rng) for _ in range(n_tested)]
     truth = np.stack([play(sound, rng) for sound in sounds])
     decoded = codec.decode(codec.encode(torch.from_numpy(truth))).numpy()
     report(folder, 'audio_codec', {'si_snr': si_snr(truth, decoded).mean()}, map(hear, decoded), sounds)

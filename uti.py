@@ -23,8 +23,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from codec import (load_audio_codec, load_image_codec, log_mel_distance, psnr, si_snr, ssim)
-from common import lock_run, provenance, write_atomic
+from codec import load_audio_codec, load_image_codec, log_mel_distance, psnr, si_snr, ssim
+from common import init_ranks, lock_run, provenance, write_atomic
 
 SPECIALS = ('<|img_start|>', '<|img_end|>', '<|aud_start|>', '<|aud_end|>')
 MODALITIES = ('image', 'audio')
@@ -242,7 +242,7 @@ class UTI:
 
     @classmethod
     def build(cls, llm, image_codec='', audio_codec='', clip_seconds=1.0, image_prefix='', image_size=0,
-              audio_prefix='', audio_codebooks=0):
+              audio_prefix='', audio_codebooks=0, device='cpu'):
         """A token space over a base model and one or two codecs, each a Hugging Face folder or name, or ''."""
         from transformers import AutoConfig, AutoTokenizer
         try:
@@ -258,6 +258,8 @@ class UTI:
             raise SystemExit(f'{llm}: the tokenizer has {len(tokenizer)} ids, the model {base["text_rows"]} rows')
         image = load_image_codec(image_codec, image_prefix, image_size) if image_codec else None
         audio = load_audio_codec(audio_codec, clip_seconds, audio_prefix, audio_codebooks) if audio_codec else None
+        for codec in filter(None, (image, audio)):
+            codec.to(device)
         space = TokenSpace(base, image and image.describe(), audio and audio.describe())
         return cls(space, tokenizer, image, audio)
 
@@ -391,13 +393,15 @@ if __name__ == '__main__':
     gate_ssim_drop = 0.02
     gate_si_snr_drop = 1.0
     gate_log_mel_rise = 0.05       # of the baseline's
+    # machine
+    device = 'auto'
     config = configure(globals())
     # -----------------------------------------------------------------------------
 
     lock, out = lock_run(out_dir), Path(out_dir)
     built = {'llm': llm, 'image_codec': image_codec, 'image_prefix': image_prefix, 'image_size': image_size,
              'audio_codec': audio_codec, 'audio_prefix': audio_prefix, 'audio_codebooks': audio_codebooks,
-             'clip_seconds': clip_seconds}
+             'clip_seconds': clip_seconds, 'device': str(init_ranks(device)[2])}
     uti = UTI.build(**built)
     space, grammar = uti.space, uti.grammar
     space.save(out / 'token_space.json')
@@ -493,7 +497,8 @@ if __name__ == '__main__':
     verdicts += [gates.at_most('log_mel', measured['log_mel'], gate_log_mel)] if 'log_mel' in measured else []
     for key in 'image_surviving', 'audio_surviving':
         verdicts += [gates.at_least(key, measured[key], gate_surviving)] if key in measured else []
-    same = {'token_space': space.sha256, 'items': hashlib.sha256(canonical(names).encode()).hexdigest()}
+    content = hashlib.sha256(b''.join(item.tobytes() for some in items.values() for item in some))
+    same = {'token_space': space.sha256, 'items': content.hexdigest()}
     if (out / 'baseline.json').exists():
         verdicts += gates.no_regression(measured, json.loads((out / 'baseline.json').read_text()), same, {
             'psnr': -gate_psnr_drop, 'ssim': -gate_ssim_drop, 'si_snr': -gate_si_snr_drop,

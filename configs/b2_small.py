@@ -1,4 +1,4 @@
-# The small world's shards: pictures with one caption, sounds with two, a tenth of the media held out.
+# The small world's shards: pictures with one caption, sounds with two, an eighth of the media held out.
 # $ python build_b2.py configs/b2_small.py
 from make_small import ensure
 
@@ -11,5 +11,5 @@ llm = f'{_small}/llm'
 image_codec = f'{_small}/image_codec'
 audio_codec = f'{_small}/audio_codec'
 out_dir = 'out/b2_small'
-eval_share = 0.1               # B4 measures its write tasks on at least 256 items of each modality
+eval_share = 0.125             # B4 measures its write tasks on at least 256 items of each modality
 max_seq_len = 512

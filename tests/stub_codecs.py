@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+from transformers import AutoTokenizer
 
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent)]
 
@@ -20,11 +21,18 @@ AUDIO = {'class': 'StubAudio', 'settings': {}, 'sha256': 'ef', 'sample_rate': 8,
          'codebooks': 2, 'codes': 8}
 
 
+BASE = {'name': 'tiny', 'text_rows': 320, 'tokenizer_sha256': 'ab', 'end_of_text': 299}
+
+
 class StubUTI:
     """encode_* and decode_* of the real one. STUB_SECONDS makes every call that slow, so that a test can interrupt."""
-    def __init__(self, space, tokenizer, image_codec=None, audio_codec=None):
-        self.space, self.tokenizer = space, tokenizer
+    def __init__(self, space, tokenizer):
+        self.space, self.tokenizer, self.image_codec, self.audio_codec = space, tokenizer, None, None
         self.books = np.tile([space['audio_0'].first, space['audio_1'].first], 4) if space.audio else None
+
+    @classmethod
+    def build(cls, llm, image_codec='', audio_codec='', **sizes):
+        return cls(uti.TokenSpace(BASE, IMAGE, AUDIO), AutoTokenizer.from_pretrained(llm))
 
     def encode_text(self, text):
         return self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
@@ -32,7 +40,7 @@ class StubUTI:
     def encode_image(self, images):
         time.sleep(float(os.environ.get('STUB_SECONDS', 0)))
         patches = np.stack(images).astype(float).mean(1).reshape(-1, 2, 2, 2, 2).mean((2, 4)).reshape(-1, 4)
-        return (patches // 16).astype(np.int32) + self.space['image'].first, [{'size': [4, 4]} for _ in images]
+        return (patches // 16).astype(np.int32) + self.space['image'].first, [{'size': 4} for _ in images]
 
     def decode_image(self, ids, metas):
         self.space.check(ids, 'image')
@@ -40,7 +48,7 @@ class StubUTI:
         return [np.broadcast_to(p.reshape(2, 2).repeat(2, 0).repeat(2, 1), (3, 4, 4)).astype(np.uint8) for p in pixels]
 
     def encode_audio(self, waves):
-        metas = [{'n_samples': len(w)} for w in waves]
+        metas = [{'n_samples': len(w), 'sample_rate': 8} for w in waves]
         steps = np.stack([np.pad(w, (0, 8 - len(w))) for w in waves]).clip(-1, 0.999) * 4 + 4
         return steps.astype(np.int32) + self.books.astype(np.int32), metas
 
@@ -50,16 +58,6 @@ class StubUTI:
 
 def put_in_place():
     uti.UTI = StubUTI
-    uti.load_image_codec = uti.load_audio_codec = lambda *how: None
-    import data
-    if not hasattr(data, 'read_audio'):
-        import soundfile
-        def read_audio(path, rate, n):
-            try:
-                return soundfile.read(path, dtype='float32')[0][:n]
-            except Exception as e:
-                raise data.BadSample(f'{path}: not a whole sound ({e})')
-        data.read_audio = read_audio
 
 
 if __name__ == '__main__':

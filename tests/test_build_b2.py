@@ -14,6 +14,8 @@ import numpy as np
 import pytest
 import soundfile
 import stub_codecs
+import test_codec
+import torch
 from conftest import REPO, run_script
 from PIL import Image
 from test_data import one_line
@@ -23,9 +25,10 @@ import common
 import gates
 import make_small
 import uti
-from data import Ledger, read_index, read_manifest, read_shards, read_sound_folder
+from data import Ledger, read_audio, read_index, read_manifest, read_shards, read_sound_folder
 from uti import TokenSpace
 
+REAL_UTI = uti.UTI
 SAME = '*.safetensors', '*.json', 'bad_samples.jsonl'  # all but report.json, which holds times
 
 
@@ -51,8 +54,7 @@ def world(tmp_path_factory):
             for c in range(2):
                 f.write(json.dumps({'id': f's{n}-{c}', 'source': 'x', 'audio': f'sounds/{n}.wav',
                                     'text': texts[2 * n + c]}) + '\n')
-    TokenSpace({'name': 'tiny', 'text_rows': 320, 'tokenizer_sha256': 'ab', 'end_of_text': 299}, stub_codecs.IMAGE,
-               stub_codecs.AUDIO).save(root / 'audit' / 'token_space.json')
+    TokenSpace(stub_codecs.BASE, stub_codecs.IMAGE, stub_codecs.AUDIO).save(root / 'audit' / 'token_space.json')
     gates.conclude(root / 'audit', [gates.exactly('an audit', 0, 0)])
     (root / 'b2.py').write_text(f'''
 manifests = ('{root}/sounds.jsonl',)
@@ -73,9 +75,7 @@ n_checked = 8
 @pytest.fixture
 def build(world, monkeypatch, capsys):
     """build(out_dir, --key=value ..., script=...) runs the script here; returns (exit status or line, what it said)."""
-    for name in 'UTI', 'load_image_codec', 'load_audio_codec':
-        monkeypatch.setattr(uti, name, getattr(uti, name, None), raising=False)
-    stub_codecs.put_in_place()
+    monkeypatch.setattr(uti, 'UTI', stub_codecs.StubUTI)   # but for the tests that put the real one back
     locks, lock_run = [], common.lock_run              # let go after each run, as the end of a process would
     monkeypatch.setattr(common, 'lock_run', lambda out: locks.append(lock_run(out)))
 
@@ -160,6 +160,26 @@ def test_batched_is_one_at_a_time_and_a_finished_folder_stays_as_it_is(build, st
     assert status == 0 and '0 items of 0 media files' in said and files(tmp_path) == files(straight)
 
 
+def test_real_codecs_give_the_ids_of_one_at_a_time(build, world, tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    for name, model in ('janus', test_codec.janus()), ('encodec', test_codec.encodec()):
+        model.save_pretrained(tmp_path / name)
+    real = REAL_UTI.build(world / 'llm', tmp_path / 'janus', tmp_path / 'encodec', 0.12)
+    real.space.save(tmp_path / 'audit' / 'token_space.json')
+    gates.conclude(tmp_path / 'audit', [gates.exactly('an audit', 0, 0)])
+    monkeypatch.setattr(uti, 'UTI', REAL_UTI)
+    settings = [f'--audit_dir={tmp_path}/audit', f'--image_codec={tmp_path}/janus', f'--audio_codec={tmp_path}/encodec']
+    for size in 1, 16:
+        assert build(tmp_path / f'by {size}', *settings, f'--batch_size={size}')[0] == 0
+    assert files(tmp_path / 'by 1') == files(tmp_path / 'by 16')
+    records = read_shards(tmp_path / 'by 16', 'train', real.space)
+    assert len({tuple(r.payload) for r in records if r.modality == 'image'}) > 20   # not one code for everything
+    sound = next(r for r in records if r.modality == 'audio')
+    wave = read_audio(world / 'sounds' / f"{sound.id[1:].split('-')[0]}.wav", 16_000, real.space.audio['samples'])
+    assert np.array_equal(real.encode_audio([wave])[0][0], sound.payload)
+    assert sound.meta == {'n_samples': real.space.audio['samples'], 'sample_rate': 16_000}
+
+
 def test_a_killed_run_goes_on_to_the_same_bytes(build, world, straight, tmp_path):
     env = {**os.environ, 'OMP_NUM_THREADS': '1', 'STUB_SECONDS': '0.1', 'CUDA_VISIBLE_DEVICES': ''}
     process = subprocess.Popen([sys.executable, 'tests/stub_codecs.py', 'build_b2.py', world / 'b2.py',
@@ -204,13 +224,16 @@ def test_a_folder_of_another_plan_is_refused(build, straight, tmp_path, change, 
     assert files(tmp_path / 'run') == files(straight)
 
 
-def test_another_token_space_is_refused(build, world, straight, tmp_path):
+def test_another_token_space_is_refused(build, world, straight, tmp_path, monkeypatch):
     shutil.copytree(straight, tmp_path / 'run')
-    space = TokenSpace.load(world / 'audit' / 'token_space.json')
-    TokenSpace(space.base, {**space.image, 'sha256': 'other'}, space.audio).save(tmp_path / 'token_space.json')
+    monkeypatch.setattr(stub_codecs, 'IMAGE', {**stub_codecs.IMAGE, 'sha256': 'other'})
+    line, _ = build(tmp_path / 'run')                  # the audit was of another codec
+    one_line(line, 'audit has another token space', "image.sha256 is 'cd' there and 'other' here")
+    TokenSpace(stub_codecs.BASE, stub_codecs.IMAGE, stub_codecs.AUDIO).save(tmp_path / 'token_space.json')
     shutil.copy(world / 'audit' / 'gates.json', tmp_path)
-    line, _ = build(tmp_path / 'run', f'--audit_dir={tmp_path}')
-    one_line(line, "has another token space: image.sha256 is 'cd' there and 'other' here")
+    line, _ = build(tmp_path / 'run', f'--audit_dir={tmp_path}')               # the shards are
+    one_line(line, 'run has another token space', "image.sha256 is 'cd' there and 'other' here")
+    assert files(tmp_path / 'run') == files(straight)
 
 
 # -----------------------------------------------------------------------------

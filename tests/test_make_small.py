@@ -90,3 +90,28 @@ def test_the_language_model_has_rows_to_spare_and_tied_embeddings_like_the_real_
     assert llm.lm_head.weight is llm.model.embed_tokens.weight
     assert len(tokenizer) < llm.config.vocab_size == 768
     assert tokenizer.eos_token == '<|im_end|>' and set(m.SPECIALS) <= set(tokenizer.get_vocab())
+
+
+def test_sounds_come_with_two_captions_each_and_their_truth(tmp_path):
+    import soundfile
+    m.make_sounds(tmp_path / 'sounds', n=6)
+    records = [json.loads(line) for line in (tmp_path / 'sounds' / 'manifest.jsonl').read_text().splitlines()]
+    truth = json.loads((tmp_path / 'sounds' / 'truth.json').read_text())
+    assert len(records) == 12 == len({r['id'] for r in records}) and len({r['audio'] for r in records}) == 6
+    for r in records:
+        assert set(r) == {'id', 'source', 'audio', 'text'}
+        sound = w.Sound(*truth[r['id']])
+        wave, rate = soundfile.read(tmp_path / 'sounds' / r['audio'])
+        assert rate == 16_000 and w.hear(wave) == sound and w.score_sound_caption(r['text'], sound) == (5, 5)
+    for first, second in zip(records[::2], records[1::2]):
+        assert first['audio'] == second['audio'] and first['text'] != second['text']
+
+
+def test_codecs_are_made_to_the_same_bytes_again(tmp_path):
+    from small_codecs import make_audio_codec, make_image_codec
+
+    def weights(folder):
+        make_image_codec(folder / 'image', n_pictures=60, n_codes=64, n_flat=8, n_tested=4)
+        make_audio_codec(folder / 'audio', n_clips=20, n_codes=64, n_tested=4)
+        return [(folder / part / 'model.safetensors').read_bytes() for part in ('image', 'audio')]
+    assert weights(tmp_path / 'a') == weights(tmp_path / 'b')

@@ -71,3 +71,67 @@ def test_an_ambiguous_question_is_not_asked():
     twins = w.Scene((RED, RED._replace(place='top right')), 'white')
     rng = np.random.default_rng(5)
     assert w.question('colour', twins, rng) is None and w.question('where', twins, rng) is None
+
+
+# -----------------------------------------------------------------------------
+# sounds
+
+SOUND = w.Sound('hollow', 'low', 'rising', 'fading', 'two')
+
+
+def test_hear_hears_what_was_played():
+    rng = np.random.default_rng(10)
+    sounds = [w.random_sound(rng) for _ in range(400)]
+    assert np.mean([w.hear(w.play(sound, rng)) == sound for sound in sounds]) >= 0.995
+
+
+def test_hear_hears_through_noise_at_8_db_and_at_any_volume():
+    rng = np.random.default_rng(11)
+    for _ in range(60):
+        sound = w.random_sound(rng)
+        wave = w.play(sound, rng)
+        noisy = wave + rng.normal(size=16_000) * wave.std() * 10 ** (-8 / 20)
+        assert w.hear(noisy * rng.uniform(0.1, 2)) == sound
+
+
+@pytest.mark.parametrize('wave', [np.zeros(16_000), np.full(16_000, np.nan), np.full(16_000, 1e-9)])
+def test_hear_hears_nothing_in_silence(wave):
+    assert w.hear(wave) == w.Sound(None, None, None, None, None)
+
+
+def test_noise_agrees_with_no_sound_more_than_by_chance():
+    rng = np.random.default_rng(12)
+    sounds = [w.random_sound(rng) for _ in range(100)]
+    found = [w.hear(rng.normal(size=16_000)) for _ in sounds]
+    right, asked = map(sum, zip(*(w.agreement(f, s) for f, s in zip(found, sounds))))
+    assert asked == 500 and right / asked < 0.45       # a third of most, a quarter of the timbres
+
+
+def test_a_clip_is_a_second_of_mono_within_full_scale_and_none_is_like_another():
+    rng = np.random.default_rng(13)
+    first, second = w.play(SOUND, rng), w.play(SOUND, rng)
+    assert first.shape == (16_000,) and first.dtype == np.float32 and 0.4 < abs(first).max() <= 0.56
+    assert not np.array_equal(first, second) and np.array_equal(first, w.play(SOUND, np.random.default_rng(13)))
+
+
+def test_a_true_sound_caption_has_every_attribute_right_in_every_frame():
+    rng = np.random.default_rng(14)
+    for _ in range(200):
+        sound = w.random_sound(rng)
+        assert w.score_sound_caption(w.sound_caption(sound, rng), sound) == (5, 5)
+
+
+@pytest.mark.parametrize('text, right', [
+    ('two low hollow tones, rising, fading', 5), ('Two low hollow tones, rising', 4), ('one low pure tone', 1),
+    ('two low or high hollow tones, rising, fading', 4),                     # both pitches: neither
+    ('a followed lower tone', 0), ('', 0)])
+def test_the_score_of_a_sound_caption_worked_out_by_hand(text, right):
+    assert w.score_sound_caption(text, SOUND) == (right, 5)
+
+
+def test_agreement_worked_out_by_hand():
+    assert w.agreement(SOUND._replace(pitch='high', count='one'), SOUND) == (3, 5)
+    truth = w.Scene((RED, BLUE), 'black')
+    assert w.agreement(truth, truth) == (9, 9)
+    assert w.agreement(w.Scene((RED._replace(colour='green'),), 'white'), truth) == (3, 9)   # size, shape, place
+    assert w.agreement(w.Scene((RED, BLUE._replace(place='top right')), 'black'), truth) == (5, 13)
