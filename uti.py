@@ -5,7 +5,7 @@ way from texts, pictures and sounds to ids and back.
 As a script, stage B1: the audit of a base model's tokenizer and two codecs.
 
 reads   data_json and image_root (LLaVA JSON), manifest_jsonl and audio_root (JSONL), llm, image_codec, audio_codec
-writes  out_dir/{token_space.json,report.json,baseline.json,pictures.png,sounds/,gates.json}
+writes  out_dir/{token_space.json,report.json,baseline.json,pictures/,sounds/,bad_samples.jsonl,gates.json}
 done    when every gate passes; exits 1 when one does not
 
 $ python uti.py configs/b1_small.py
