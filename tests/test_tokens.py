@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from test_uti import AUDIO, IMAGE
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
-from data import Record, Row, collate, token_row
+from data import Record, Row, collate, mixture, token_row
 from model import load_llm, pick
 from tokens import (
     TokenLM, export, export_difference, load_rows, random_media, read_text, row_losses, save_rows, swapped_media,
@@ -173,6 +173,13 @@ def test_random_media_is_legal_in_every_place():
     for row, other in zip(rows, random_media(rows, GRAMMAR, 'audio', seed=1)):
         GRAMMAR.check_payload('audio', other.ids[1:5])
         assert other.ids[1:5].tolist() != row.ids[1:5].tolist() and other.ids[5:].tolist() == row.ids[5:].tolist()
+
+
+def test_a_mixture_has_its_shares_holds_every_row_and_repeats_evenly():
+    mixed = mixture({'a': list('abcd'), 'b': list('xy'), 'c': ['never']}, {'a': 1.0, 'b': 3.0, 'c': 0.0}, seed=1)
+    counts = {row: mixed.count(row) for row in mixed}
+    assert counts == {**dict.fromkeys('abcd', 1), **dict.fromkeys('xy', 6)}    # 4 of a are a quarter: 12 of b
+    assert mixed == mixture({'a': list('abcd'), 'b': list('xy')}, {'a': 1.0, 'b': 3.0}, seed=1)
 
 
 # -----------------------------------------------------------------------------
