@@ -24,7 +24,6 @@ from PIL import Image
 from tqdm import tqdm
 
 import gates
-import uti
 from common import (Log, StopSignal, all_gather, all_sum, check_resumable, epoch_samples_for, frozen_dtype,
                     has_checkpoint, init_ranks, load_checkpoint, lock_run, peak_memory_mb, provenance, reduce_gradients,
                     save_checkpoint, seed_everything, sha256_tensors, write_atomic)
@@ -33,7 +32,7 @@ from data import Loader, Row, contact_sheet, mixture, read_shards, read_texts, t
 from model import load_tokenizer
 from tokens import (export, export_difference, load_token_lm, random_media, read_text, row_losses, save_rows,
                     swapped_media, text_difference, training_bytes, write_codes)
-from uti import TASKS, Grammar, TokenSpace
+from uti import TASKS, UTI, Grammar, TokenSpace, tokenizer_sha256
 
 # -----------------------------------------------------------------------------
 # settings; override any with a config file or --key=value
@@ -41,9 +40,9 @@ from uti import TASKS, Grammar, TokenSpace
 shards_dir = ''                # train, eval and golden items, with the token space that they were made for
 llm = ''                       # Hugging Face folder or name of the Qwen3 of that token space, kept frozen
 image_codec = ''               # both of the token space, to decode what is drawn and sounded; '' keeps the codes only
-image_codec_prefix = ''        # of its weights in a larger checkpoint
+image_prefix = ''              # where in a larger checkpoint the codec is
 audio_codec = ''
-audio_codec_prefix = ''
+audio_prefix = ''
 text_jsonl = ''                # lines of {"text": ...}: their probabilities have to stay as they are
 out_dir = 'out/b3'
 resume = False                 # go on from out_dir/ckpt; without it a folder with a checkpoint is refused
@@ -104,7 +103,7 @@ grammar, tokenizer = Grammar(space), load_tokenizer(llm)
 unknown = [task for task in task_weights if TASKS.get(task, (None,))[0] not in grammar.payload_ranges]
 if unknown or min(task_weights.values(), default=-1) < 0 or not any(task_weights.values()):
     raise SystemExit(f'task_weights = {task_weights}: wanted shares of the tasks that this token space has codes for')
-if uti.tokenizer_sha256(tokenizer) != space.base['tokenizer_sha256']:
+if tokenizer_sha256(tokenizer) != space.base['tokenizer_sha256']:
     raise SystemExit(f'{llm} has another tokenizer than {shards_dir} was made with: take the base model of stage B1')
 tasks = [task for task, weight in task_weights.items() if weight]
 
@@ -139,11 +138,12 @@ if rank == 0:
           f'{space.n_new} new rows twice, {sum(p.numel() for p in trainable.values()):,} parameters')
 
 codecs = None
-if rank == 0 and (image_codec or audio_codec):         # UTI refuses all but the token space's own
-    codecs = uti.UTI(space, tokenizer,
-                     uti.load_image_codec(image_codec, image_codec_prefix) if image_codec else None,
-                     uti.load_audio_codec(audio_codec, space.audio['samples'] / space.audio['sample_rate'],
-                                          audio_codec_prefix, space.audio['codebooks']) if audio_codec else None)
+if rank == 0 and (image_codec or audio_codec):
+    codecs = UTI.build(llm, image_codec, audio_codec, **({
+        'clip_seconds': space.audio['samples'] / space.audio['sample_rate'], 'audio_prefix': audio_prefix,
+        'audio_codebooks': space.audio['codebooks']} if space.audio else {}), **({
+            'image_prefix': image_prefix, 'image_size': space.image['size']} if space.image else {}))
+    space.require(codecs.space, 'what image_codec and audio_codec name')
 
 # optimizer: its state is for the new rows alone
 optimizer = torch.optim.AdamW(trainable.values(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=weight_decay,

@@ -4,7 +4,7 @@
 shards_dir = 'out/b2_qwen3_0.6b'
 llm = 'Qwen/Qwen3-0.6B'
 image_codec = 'deepseek-community/Janus-Pro-1B'
-image_codec_prefix = 'model.vqmodel.'
+image_prefix = 'model.vqmodel.'
 audio_codec = 'facebook/encodec_24khz'
 text_jsonl = 'data/heldout_text.jsonl'   # a few hundred plain texts of your own choice: what must not change
 out_dir = 'out/b3_qwen3_0.6b'

@@ -108,8 +108,17 @@ log_every = 1
 def straight(config, tmp_path_factory):
     """The out dir of one uninterrupted run, with codecs to decode by, and what it printed."""
     out = tmp_path_factory.mktemp('straight')
-    done = run_script('tests/stub_codecs.py', 'train_b3.py', config, f'--out_dir={out}', '--image_codec=stub',
-                      '--audio_codec=stub')
+    script = out.parent / 'with_stubs.py'
+    script.write_text(f'''
+import runpy, sys
+sys.path[:0] = ['{REPO}', '{REPO}/tests']
+import stub_codecs, uti
+space = uti.TokenSpace.load('{config.parent}/shards/token_space.json')
+stub_codecs.StubUTI.build = classmethod(lambda cls, *how, **sizes: cls(space, None))
+stub_codecs.put_in_place()
+runpy.run_path('train_b3.py', run_name='__main__')
+''')
+    done = run_script(script, config, f'--out_dir={out}', '--image_codec=stub', '--audio_codec=stub')
     assert (out / 'gates.json').exists(), done.stderr
     return out, done
 
