@@ -190,7 +190,8 @@ def load_checkpoint(folder, map_location='cpu'):
 
 
 FREE_ON_RESUME = {'resume', 'batch_size', 'out_dir', 'device', 'feature_cache', 'workers', 'log_every',
-                  'max_bad_samples', 'allow_failed_gates', 'epoch_samples', 'epoch_minutes'}
+                  'max_bad_samples', 'allow_failed_gates', 'epoch_samples', 'epoch_minutes', 'image_codec',
+                  'audio_codec'}
 
 
 def check_resumable(meta, settings, frozen_sha256, folder):

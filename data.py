@@ -653,6 +653,17 @@ def token_row(record, task, grammar, max_seq_len):
     return Row(record, document.ids[:n], document.labelled[kept], -1, len(record.text) > room, document.ranges[kept])
 
 
+def mixture(rows, weights, seed):
+    """{task: [Row]} -> [Row] in which each task has its weight's share. Every row is there at least once; where a task
+    has to fill more than it has, its rows come again, evenly."""
+    share = {task: weight / sum(weights.values()) for task, weight in weights.items() if weight}
+    total, mixed = max(len(rows[task]) / part for task, part in share.items()), []
+    for n, (task, part) in enumerate(share.items()):
+        order = np.random.default_rng([seed, n]).permutation(len(rows[task]))
+        mixed += [rows[task][order[i % len(order)]] for i in range(round(total * part))]
+    return mixed
+
+
 # -----------------------------------------------------------------------------
 # batches
 

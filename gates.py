@@ -125,8 +125,8 @@ def conclude(out_dir, gates, **measured):
     return 0 if passed else 1
 
 
-def curves(log, png):
-    """Draw a training log: the loss, and that on held-out items with the right image, another one, zeros and noise."""
+def curves(log, png, conditions=('noise', 'zero', 'shuffled', 'correct')):
+    """Draw a training log: the loss, and that on held-out items under each condition."""
     import matplotlib
     matplotlib.use('Agg')
     import matplotlib.pyplot as plt
@@ -135,9 +135,9 @@ def curves(log, png):
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout='constrained')
     left.plot([r['step'] for r in steps], [r['window_loss'] for r in steps])
     left.set(title='training loss', xlabel='step', ylabel='nats a label')
-    for condition in 'noise', 'zero', 'shuffled', 'correct':
+    for condition in conditions:
         right.plot([r['step'] for r in evals], [r[condition] for r in evals], 'o-', label=condition)
-    right.set(title='held-out loss by image', xlabel='step')
+    right.set(title='held-out loss', xlabel='step')
     right.legend()
     figure.savefig(png, dpi=110)
     plt.close(figure)

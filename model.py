@@ -390,15 +390,26 @@ def image_ablation(vlm, load, batch_size, seed, rank=0, world_size=1):
 # generation from embeddings
 
 
-def pick(logits, temperature, top_p, generator):
-    """One token id per row from logits (B, V). temperature 0 is greedy; generator: one a row, for independent rows."""
+def pick(logits, temperature, top_p, generator, top_k=0):
+    """One token id per row from logits (B, V). temperature 0 is greedy; generator: one a row, for independent rows;
+    top_k: of the k likeliest, 0 for of all."""
     if temperature == 0:
         return logits.argmax(-1)
-    probabilities = torch.softmax(logits.float() / temperature, dim=-1)
-    ordered, order = probabilities.sort(dim=-1, descending=True, stable=True)
+    ordered, order = (logits.float() / temperature).sort(dim=-1, descending=True, stable=True)
+    if top_k:
+        ordered, order = ordered[:, :top_k], order[:, :top_k]
+    ordered = torch.softmax(ordered, dim=-1)
     ordered = ordered.masked_fill(ordered.cumsum(-1) - ordered >= top_p, 0)   # keeps the smallest set reaching top_p
     drawn = torch.cat([torch.multinomial(row.cpu(), 1, generator=g) for row, g in zip(ordered, generator)])
     return order.gather(1, drawn.to(order.device)[:, None])[:, 0]
+
+
+def left_padded(prompts):
+    """[(T_i, D)] embeddings -> (B, L, D) padded on the left, the mask (B, L), and positions (B, L) from each start."""
+    longest, lengths, device = max(map(len, prompts)), [len(p) for p in prompts], prompts[0].device
+    embeds = torch.stack([F.pad(p, (0, 0, longest - len(p), 0)) for p in prompts])
+    mask = torch.tensor([[0] * (longest - n) + [1] * n for n in lengths], device=device)
+    return embeds, mask, (mask.cumsum(-1) - 1).clamp(min=0)
 
 
 @torch.no_grad()
@@ -408,12 +419,7 @@ def generate(llm, prompts, max_new_tokens, stop_ids, temperature=0.0, top_p=1.0,
     Prompts are padded on the left and masked; a row's ids do not depend on its batch mates. seeds: one a row, when
     sampling.
     """
-    device, width = prompts[0].device, prompts[0].shape[1]
-    lengths = [len(p) for p in prompts]
-    longest = max(lengths)
-    embeds = torch.stack([torch.cat([p.new_zeros(longest - len(p), width), p]) for p in prompts])    # (B, L, D)
-    mask = torch.tensor([[0] * (longest - n) + [1] * n for n in lengths], device=device)
-    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    embeds, mask, positions = left_padded(prompts)
     generators = [torch.Generator().manual_seed(s) for s in seeds or range(len(prompts))]
     cache, stops = DynamicCache(config=llm.config), set(stop_ids)
     out, live = [[] for _ in prompts], set(range(len(prompts)))

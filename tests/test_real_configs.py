@@ -7,8 +7,10 @@ from test_docs import settings_of
 from transformers import Qwen3Config, Qwen3ForCausalLM, SiglipVisionConfig, SiglipVisionModel
 
 from configure import configure
-from data import Item, Row, collate
+from data import Item, Record, Row, collate, token_row
 from model import VLM, Connector, Tower
+from tokens import TokenLM
+from uti import Grammar, TokenSpace
 
 SO400M = {'hidden_size': 1152, 'intermediate_size': 4304, 'num_hidden_layers': 27, 'num_attention_heads': 16,
           'image_size': 384, 'patch_size': 14}
@@ -54,3 +56,27 @@ def test_a2_adds_the_lora_that_its_formula_says(size):
     each = (d + heads) + 2 * (d + kv) + (heads + d) + 3 * (d + shape['intermediate_size'])   # q, k v, o, gate up down
     assert (s['lora_r'], s['lora_alpha']) == (16, 32)
     assert sum(p.numel() for n, p in llm.named_parameters() if 'lora_' in n) == 16 * each * shape['num_hidden_layers']
+
+
+@pytest.mark.parametrize('size', QWEN3)
+def test_b3_trains_the_new_rows_twice_and_takes_documents_of_real_length(size):
+    """Janus's 16,384 codes of a 24 x 24 picture, two codebooks of 1,024 for 10 s of EnCodec at 75 frames a second."""
+    shape, llm_parameters, _ = QWEN3[size]
+    s = configure(settings_of('train_b3.py'), [str(REPO / f'configs/b3_qwen3_{size}.py')])
+    space = TokenSpace({'name': '', 'text_rows': 151_936, 'tokenizer_sha256': '', 'end_of_text': 151_645},
+                       {'size': 384, 'grid': [24, 24], 'codes': 16_384},
+                       {'sample_rate': 24_000, 'samples': 240_000, 'frames': 750, 'codebooks': 2, 'codes': 1024})
+    with torch.device('meta'):
+        llm = Qwen3ForCausalLM(Qwen3Config(vocab_size=151_936, **shape)).requires_grad_(False)
+        llm.set_attn_implementation('rows')
+        lm = TokenLM(llm, space, s['typed_head'], s['rows_noise'])
+    trained = [p for p in lm.parameters() if p.requires_grad]
+    assert [tuple(p.shape) for p in trained] == [(18_436, shape['hidden_size'])] * 2   # 4 + 16,384 + 2 * 1,024
+    assert sum(p.numel() for p in lm.parameters()) == llm_parameters + 2 * 18_436 * shape['hidden_size']
+    grammar, rows = Grammar(space), []
+    for task in s['task_weights']:
+        modality = 'image' if 'i' in task else 'audio'
+        payload = grammar.bounds(grammar.payload_ranges[modality])[0]
+        rows.append(token_row(Record(task, modality, payload, np.arange(20), ''), task, grammar, s['max_seq_len']))
+    batch = collate(rows, [None] * 4, 0)
+    assert batch.n_labels == lm.nll(batch.to('meta')).shape[0] == 21 + 21 + 577 + 1501

@@ -1,0 +1,11 @@
+# Qwen3-8B: gradient and AdamW state for the new rows alone, not for 2 x 168 k rows of 4,096.
+# $ torchrun --standalone --nproc_per_node=8 train_b3.py configs/b3_qwen3_8b.py
+# Not run yet.
+shards_dir = 'out/b2_qwen3_8b'
+llm = 'Qwen/Qwen3-8B'
+image_codec = 'deepseek-community/Janus-Pro-1B'
+image_prefix = 'model.vqmodel.'
+audio_codec = 'facebook/encodec_24khz'
+text_jsonl = 'data/heldout_text.jsonl'   # a few hundred plain texts of your own choice: what must not change
+out_dir = 'out/b3_qwen3_8b'
+batch_size = 8
