@@ -1,5 +1,6 @@
-# The map of the stages. `make small-a` runs Track A from nothing; `make test` runs the tests. Each makes its own virtual
-# environment unless one is active. A finished stage is skipped, an interrupted one goes on where it was.
+# The map of the stages. `make small` runs both tracks from nothing, `make small-a` and `make small-b` one of them; `make
+# test` runs the tests. Each makes its own virtual environment unless one is active. A finished stage is skipped, an
+# interrupted one goes on where it was, and the first gate that fails ends it.
 
 ifdef VIRTUAL_ENV
 venv   :=
@@ -9,10 +10,13 @@ venv   := .venv/ready
 python := .venv/bin/python
 endif
 
-.PHONY: small-a test proofs clean
+.PHONY: small small-a small-b test proofs clean
+
+small: small-a small-b
+	$(python) gates.py out
 
 small-a: out/a1_small/done out/a11_small/done out/a2_small/done
-	$(python) gates.py out
+small-b: out/b1_small/done out/b2_small/done out/b3_small/done
 
 # stage 0 (the small world) is built by the configs that need it
 
@@ -28,6 +32,18 @@ out/a11_small/done: out/a1_small/done     # A1.1: stability sweep
 out/a2_small/done: out/a1_small/done      # A2: visual instruction tuning
 	$(python) train_a2.py configs/a2_small.py --resume=True
 	$(python) make_small.py --score=out/a2_small
+	touch $@
+
+out/b1_small/done: $(venv)                # B1: token space and codecs, audited
+	$(python) uti.py configs/b1_small.py
+	touch $@
+
+out/b2_small/done: out/b1_small/done      # B2: shards of tokens
+	$(python) build_b2.py configs/b2_small.py
+	touch $@
+
+out/b3_small/done: out/b2_small/done      # B3: rows for the new tokens
+	$(python) train_b3.py configs/b3_small.py --resume=True
 	touch $@
 
 test: $(venv)                             # minutes; what CI runs

@@ -165,15 +165,14 @@ def text_document(rng, progress=1.0):
     """One document. The corpus goes from the simple to the varied, progress 0 to 1, and the model reads it in order:
     to look something up in its context is learned in a minute from clean examples, and not at all from noisy ones."""
     dice = rng.random()
-    if dice < (1.0 if progress < 0.16 else 0.2 if progress < 0.62 else 0.1):
+    if dice < (1.0 if progress < 0.13 else 0.2 if progress < 0.33 else 0.1):
         return with_answers(*pairs(rng))
-    if progress < 0.24:
+    if progress < 0.19:
         return with_answers(*asked(rng, choose(rng, (2, 3, 4)), 2))
-    if progress < 0.3:
-        return with_answers(*asked(rng, choose(rng, (1, 2, 3)), choose(rng, (2, 3))))
-    if dice < (1.0 if progress < 0.35 else 0.7 if progress < 0.62 else 0.35):
-        return with_answers(*asked(rng, choose(rng, (1, 2, 3, 3)), choose(rng, (3, 4, 4))))
-    if progress < 0.62:
+    if dice < (1.0 if progress < 0.33 else 0.4):
+        n_fields = choose(rng, (2, 3) if progress < 0.25 else (3, 4, 4))
+        return with_answers(*asked(rng, choose(rng, (1, 2, 3, 3)), n_fields))
+    if progress < 0.6:
         kinds = 8 * ['retell'] + ['answer', 'heard']
     else:
         kinds = 8 * ['retell'] + 2 * ['answer', 'english', 'heard']
@@ -189,7 +188,7 @@ def text_document(rng, progress=1.0):
         fields = list(rng.permutation(FIELDS))
         bare = {'fields': fields, 'before': [''] * 4, 'between': [choose(rng, (' ', ' ', ', ', ' / '))] * 4, 'lead': '',
                 'join': choose(rng, ('; ', ' | ', '\n', '. ')), 'tail': ''}
-        varied = 0.3 * (progress > 0.6)
+        varied = 0.3 * (progress >= 0.6)
         ways = [write(records, random_form(rng)) if rng.random() < varied else english(records, rng)
                 for _ in range(max(2, 4 - len(records)))]
         return choose(rng, (' -> ', '\n', ' = ', ' so ')).join([write(records, bare), *ways])
@@ -230,7 +229,7 @@ def text_document(rng, progress=1.0):
 CAPTION_FRAME = re.compile(THING.pattern.replace('|'.join(SHAPES), '|'.join(NOUNS)))
 
 
-def make_text(folder, n_train=44_000, n_eval=1_000, n_replay=6_000):
+def make_text(folder, n_train=52_000, n_eval=1_000, n_replay=6_000):
     """train, eval and replay JSONL, one {"text"} a line; the last two are as varied as the end of the first.
 
     A document that holds the captions' frame, a thing and its place, is thrown away.
@@ -382,7 +381,7 @@ def edited(scene, rng):
     return scene._replace(things=tuple(sorted(things, key=lambda t: list(PLACES).index(t.place))))
 
 
-def make_vision(folder, n_steps=520, learning_rate=2e-3, n_groups=32, group=4):
+def make_vision(folder, n_steps=600, learning_rate=2e-3, n_groups=32, group=4):
     """A tiny SigLIP trained with its sigmoid loss on pairs of a picture and a text that names everything in it.
 
     Batches hold groups of near-identical scenes, so that shape, size and place have to be seen, not only colours; the

@@ -27,7 +27,7 @@ COLOURS = {'red': (220, 40, 40), 'green': (40, 170, 60), 'blue': (45, 75, 225),
 BACKGROUNDS = {'black': (15, 15, 15), 'white': (243, 243, 243), 'gray': (128, 128, 128), 'brown': (112, 70, 30)}
 PLACES = {'top left': (16, 16), 'top right': (48, 16), 'bottom left': (16, 48), 'bottom right': (48, 48)}
 NUMBERS = ('zero', 'one', 'two', 'three')
-PIXELS, PATCH = 64, 16                                 # 4 x 4 patches: with 8 x 8 the tower costs four times as much
+PIXELS, PATCH = 64, 32                                 # 2 x 2 patches, a place each: cheap, and shapes are learned
 
 
 def choose(rng, options):
