@@ -457,7 +457,8 @@ for task, rows in eval_rows.items():
         predicted[name] = complete(task, rows[:n_predictions], out / 'predictions' / name, guide)
 status = 0
 if rank == 0:
-    verdicts = [gates.at_most('text-only loss, rise over the base model', means['text'] / at_start['text'] - 1, gate_text)]
+    verdicts = [gates.at_most('text-only loss, rise over the base model', means['text'] / at_start['text'] - 1,
+                              gate_text)]
     ablations = {}
     for task, rows in eval_rows.items():
         modality, way = TASKS[task]
