@@ -53,7 +53,7 @@ test_train_b4.put_stubs_in_place()
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name='__main__')
 ''')
-    said = [f'{before}{4 * word} then{word}' for word in WORDS for before in ('so', 'now', 'again')]   # as the base says
+    said = [f'{a}{4 * word} then{word}' for word in WORDS for a in ('so', 'now', 'again')]   # as the base says
     (folder / 'text.jsonl').write_text(''.join(json.dumps({'text': text}) + '\n' for text in said))
     path = folder / 'b4_tiny.py'
     path.write_text(f'''
