@@ -16,7 +16,7 @@ small: small-a small-b
 	$(python) gates.py out
 
 small-a: out/a1_small/done out/a11_small/done out/a2_small/done
-small-b: out/b1_small/done out/b2_small/done out/b3_small/done
+small-b: out/b1_small/done out/b2_small/done out/b3_small/done out/b4_small/done
 
 # stage 0 (the small world) is built by the configs that need it
 
@@ -44,6 +44,11 @@ out/b2_small/done: out/b1_small/done      # B2: shards of tokens
 
 out/b3_small/done: out/b2_small/done      # B3: rows for the new tokens
 	$(python) train_b3.py configs/b3_small.py --resume=True
+	touch $@
+
+out/b4_small/done: out/b3_small/done      # B4: multimodal token pretraining
+	$(python) train_b4.py configs/b4_small.py --resume=True
+	$(python) make_small.py --score=out/b4_small
 	touch $@
 
 test: $(venv)                             # minutes; what CI runs

@@ -653,6 +653,18 @@ def token_row(record, task, grammar, max_seq_len):
     return Row(record, document.ids[:n], document.labelled[kept], -1, len(record.text) > room, document.ranges[kept])
 
 
+def with_prompt(row, text):
+    """A writing row whose payload follows another prompt: text ids, or none."""
+    at = row.labelled[0] - 1                           # of the start marker
+    ids = np.concatenate([np.asarray(text, np.int32), row.ids[at:]])
+    return replace(row, ids=ids, labelled=row.labelled - at + len(text))
+
+
+def prompt_of(row):
+    """The text ids that a writing row starts with."""
+    return row.ids[:row.labelled[0] - 1]
+
+
 def mixture(rows, weights, seed):
     """{task: [Row]} -> [Row] in which each task has its weight's share. Every row is there at least once; where a task
     has to fill more than it has, its rows come again, evenly."""
@@ -780,3 +792,45 @@ class Loader:
             batches = coming.result()
             coming = self.ahead.submit(self.micro_batches, step + 1, *how) if step + 1 < last else None
             yield batches
+
+
+def ramped(start, end, part):
+    """{task: share} on the way from the weights `start` (part 0) to the weights `end` (part 1); each sums to 1."""
+    tasks = {**start, **end}
+    before, after = ({t: weights.get(t, 0) / sum(weights.values()) for t in tasks} for weights in (start, end))
+    return {t: (1 - part) * before[t] + part * after[t] for t in tasks}
+
+
+class Curriculum(Loader):
+    """A Loader over {task: [Row]} whose step s is made of the tasks as shares[s], {task: share}, says.
+
+    What rounding leaves of a share is owed to the next steps. Each task's rows come in a permutation of their own, a
+    new one each time they have all been there; the share prompt_dropout of the rows of `dropped` tasks comes without
+    its prompt, others each time: a function of (seed, task, row, epoch) alone.
+    """
+    def __init__(self, rows, shares, rows_per_step, prompt_dropout=0.0, dropped=(), seed=0):
+        super().__init__([row for task_rows in rows.values() for row in task_rows], None, 0, None, seed)
+        self.tasks, self.prompt_dropout, self.dropped = rows, prompt_dropout, set(dropped)
+        self.counts, owed = np.zeros((len(shares), len(rows)), int), np.zeros(len(rows))
+        for step, share in enumerate(shares):
+            owed += [share.get(task, 0) * rows_per_step for task in rows]
+            count = np.floor(owed.clip(0) + 1e-9).astype(int)
+            while count.sum() < rows_per_step:         # a row more for the tasks that are owed most
+                count[np.argmax(owed - count)] += 1
+            while count.sum() > rows_per_step:         # some had more than they were owed before
+                count[np.argmin(np.where(count > 0, owed - count, np.inf))] -= 1
+            owed -= count
+            self.counts[step] = count
+        self.before = np.cumsum(self.counts, axis=0) - self.counts
+
+    def step_rows(self, step, rows_per_step):
+        chosen = []
+        for n, (task, rows) in enumerate(self.tasks.items()):
+            seed = 1000 * self.seed + n                # tasks over the same items must not deal them alike
+            dropout = self.prompt_dropout if task in self.dropped else 0
+            for k in range(self.before[step, n], self.before[step, n] + self.counts[step, n]):
+                i, epoch = row_order(len(rows), k, seed), int(k) // len(rows)
+                bare = np.random.default_rng([seed, epoch, i, 1]).random() < dropout
+                chosen.append(with_prompt(rows[i], ()) if bare else rows[i])
+        assert len(chosen) == rows_per_step, 'made for steps of another size'
+        return sorted(chosen, key=len, reverse=True)

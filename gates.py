@@ -109,6 +109,38 @@ def tokenized(shards, wrong_shards, ids, media, checked, wrong_decodes, mismatch
             exactly('truncated rows', truncated if rows else math.nan, 0)]
 
 
+def written(task, codes, first, end, golden, shapes, n_golden):
+    """The gates on what was drawn or sounded: every id of codes (items, N) in its place's range [first, end), and each
+    of the n_golden golden items decoded to its shape, finite."""
+    codes = np.asarray(codes)
+    outside = ((codes < first) | (codes >= end)).sum() if codes.size else math.nan
+    right = sum(np.shape(made) == tuple(shape) and bool(np.isfinite(made).all()) for made, shape in zip(golden, shapes))
+    return [exactly(f'{task}: generated ids outside their range', outside, 0),
+            exactly(f'{task}: golden items that decode', right, n_golden)]
+
+
+def collapse(task, codes, made, distinct, pixel_std=None, rms=None, spectral_std=None):
+    """The gates that a model fails which draws or sounds the same thing, or nothing, whatever it is asked for.
+
+    codes: (items, N); made: pictures (3, H, W) 0 to 255, or waves; distinct: least share of different outputs;
+    pixel_std: of a picture's pixels, mean over the pictures; rms: mean over the sounds; spectral_std: deviation of a
+    sound's spectrum from its mean over frequency in dB, mean over the sounds: about 5 for noise.
+    """
+    codes, n = np.asarray(codes), max(len(codes), 1)
+    gates = [at_least(f'{task}: distinct outputs', len({row.tobytes() for row in codes}) / n, distinct)]
+
+    def mean(of):
+        return np.mean([of(np.asarray(x, dtype=np.float64)) for x in made]) if len(made) else math.nan
+
+    def spectrum(wave):
+        power = np.abs(np.fft.rfft(wave * np.hanning(len(wave)))) ** 2
+        return (10 * np.log10(power + 1e-12)).std()
+    for name, of, bar in (('pixel deviation', np.std, pixel_std), ('RMS', lambda w: np.sqrt((w ** 2).mean()), rms),
+                          ('spectral deviation in dB', spectrum, spectral_std)):
+        gates += [at_least(f'{task}: {name}', mean(of), bar)] if bar is not None else []
+    return gates
+
+
 def table(gates):
     width = max((len(g.name) for g in gates), default=0)
     return '\n'.join(f"{'pass' if g.passed else 'FAIL'}  {g.name:<{width}}  {g.value:10.4f}  {g.bar}" for g in gates)

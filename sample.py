@@ -1,13 +1,17 @@
 """
-Use a checkpoint: caption pictures with an A1 run, ask about them or chat with an A2 run.
+Use a checkpoint: caption pictures with an A1 run, ask about them or chat with an A2 run; with a B3 or B4 run describe
+pictures and sounds, draw, and make sounds.
 
-reads   a run's out dir (its ckpt/ names the base models) and pictures
-writes  nothing: one line a picture, or one JSON object a line with --json
-done    when every picture has its text; exits 1 at the first one that cannot be read
+reads   a run's out dir (its ckpt/ names the base models and codecs), pictures and sounds
+writes  what it draws and sounds, in the folder --to; one line for each answer, or one JSON object a line with --json
+done    when everything has its answer; exits 1 at the first file that cannot be read
 
 $ python sample.py out/a1_small --image data/small/captions/images/000000.png
 $ python sample.py out/a2_small --image data/small/instruct/images/000000.png --prompt "How many shapes can you see?"
 $ python sample.py out/a2_small --image data/small/instruct/images/000000.png      # on a terminal: a chat
+$ python sample.py out/b4_small --draw "a red circle above a blue square" --n 4 --guidance 2
+$ python sample.py out/b4_small --sound "two high bright tones, rising, fading"
+$ python sample.py out/b4_small --image data/small/captions/images/000000.png --audio data/small/sounds/audio/000000.wav
 """
 import argparse
 import json
@@ -15,48 +19,136 @@ import sys
 from functools import partial
 from pathlib import Path
 
+import soundfile
 import torch
 from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
+from PIL import Image
 
 from common import frozen_dtype, init_ranks, load_checkpoint
-from data import Item, Template, read_image
+from data import Item, Template, read_audio, read_image
 from model import generate, image_settings, load_tokenizer, load_vlm
+from tokens import load_token_lm, read_text, write_codes
+from uti import UTI, Grammar, TokenSpace
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-parser.add_argument('run', help='out dir of train_a1.py or train_a2.py')
-parser.add_argument('--image', nargs='+', required=True, metavar='FILE', help='one or more pictures')
+parser.add_argument('run', help='out dir of train_a1.py, train_a2.py, train_b3.py or train_b4.py')
+parser.add_argument('--image', nargs='+', default=[], metavar='FILE', help='one or more pictures')
+parser.add_argument('--audio', nargs='+', default=[], metavar='FILE', help='one or more sounds to describe (B3, B4)')
+parser.add_argument('--draw', nargs='+', default=[], metavar='TEXT', help='pictures of what each text says (B3, B4)')
+parser.add_argument('--sound', nargs='+', default=[], metavar='TEXT', help='sounds of what each text says (B3, B4)')
+parser.add_argument('--n', type=int, default=1, help='of each picture or sound, seeds --seed, --seed + 1, ... (B3, B4)')
+parser.add_argument('--guidance', type=float, help='above 1 a text to draw or to sound counts more (B3, B4)')
+parser.add_argument('--to', default='out/samples', metavar='FOLDER', help='where pictures and sounds go')
 parser.add_argument('--prompt', help='what to ask (A2); without it: a chat on a terminal, else a description')
 parser.add_argument('--json', action='store_true', help='one JSON object a line')
 parser.add_argument('--max_new_tokens', type=int, default=128)
-parser.add_argument('--temperature', type=float, default=0.0, help='0 is greedy')
+parser.add_argument('--temperature', type=float, help='0 is greedy, as texts are without it; what is drawn and '
+                    'sounded has the temperature of its run')
 parser.add_argument('--top_p', type=float, default=1.0)
 parser.add_argument('--seed', type=int, default=0)
 parser.add_argument('--device', default='auto')
 parser.add_argument('--llm', help='where the language model is now, if not where the checkpoint says')
 parser.add_argument('--vision', help='the same for the vision tower')
+parser.add_argument('--image_codec', help='the same for the codec of pictures')
+parser.add_argument('--audio_codec', help='the same for the codec of sounds')
 args = parser.parse_args()
-if args.max_new_tokens < 1 or args.temperature < 0 or not 0 < args.top_p <= 1:
-    parser.error('wanted --max_new_tokens of at least 1, --temperature of at least 0, --top_p above 0 and up to 1')
+if args.max_new_tokens < 1 or (args.temperature or 0) < 0 or not 0 < args.top_p <= 1 or args.n < 1:
+    parser.error('wanted --max_new_tokens and --n of at least 1, --temperature of at least 0, --top_p above 0 and up '
+                 'to 1')
+if not (args.image or args.audio or args.draw or args.sound):
+    parser.error('wanted --image, --audio, --draw or --sound')
 
 # the model, as its checkpoint describes it
 _, _, device = init_ranks(args.device)
 tensors, meta, _ = load_checkpoint(Path(args.run) / 'ckpt', device)
-if meta.get('stage') not in ('a1', 'a2'):
-    raise SystemExit(f'{args.run} is a run of stage {meta.get("stage")!r}, wanted a1 or a2')
-chats, model = meta['stage'] == 'a2', meta['model']
+stage, settings = meta.get('stage'), meta['settings']
+if stage not in ('a1', 'a2', 'b3', 'b4'):
+    raise SystemExit(f'{args.run} is a run of stage {stage!r}, wanted a1, a2, b3 or b4')
+
+
+def adapted(llm):
+    """The LoRA of the run's settings, put into a language model in its place."""
+    return get_peft_model(llm, LoraConfig(r=settings['lora_r'], lora_alpha=settings['lora_alpha'],
+                                          target_modules=settings['lora_targets'], task_type='CAUSAL_LM'))
+
+
+# Track B: describe, draw, sound
+if stage in ('b3', 'b4'):
+    if args.prompt:
+        raise SystemExit(f'{args.run} is a {stage.upper()} run, which describes and takes no --prompt; use an A2 run '
+                         'to ask, or --draw or --sound')
+    model, space = meta['model'], TokenSpace(*(meta['token_space'][name] for name in ('base', 'image', 'audio')))
+    model['llm'] = args.llm or model['llm']
+    grammar = Grammar(space)
+    named = {f'{kind}_codec': getattr(args, f'{kind}_codec') or settings[f'{kind}_codec'] for kind in ('image', 'audio')
+             if getattr(space, kind)}
+    for name, where in named.items():
+        if not where:
+            raise SystemExit(f'{args.run} was trained without its codecs: say with --{name} where this one is')
+    codecs = UTI.build(model['llm'], **named, **({
+        'clip_seconds': space.audio['samples'] / space.audio['sample_rate'], 'audio_prefix': settings['audio_prefix'],
+        'audio_codebooks': space.audio['codebooks']} if space.audio else {}), **({
+            'image_prefix': settings['image_prefix'], 'image_size': space.image['size']} if space.image else {}))
+    space.require(codecs.space, 'what the base model and the codecs make today')
+    lm = load_token_lm(**model, space=space, dtype=frozen_dtype('auto', device), device=device)
+    lm.load_rows(tensors['rows'], args.run)
+    if stage == 'b4' and not settings['full_tune']:
+        set_peft_model_state_dict(adapted(lm.llm), tensors['tuned'])
+    elif stage == 'b4':
+        lm.llm.model.layers.float(), lm.llm.model.norm.float()
+        missing = lm.load_state_dict(tensors['tuned'], strict=False).missing_keys
+        assert not {name for name in missing if name.startswith('llm.model.layers.')}
+    lm.eval()
+    seeds = list(range(args.seed, args.seed + args.n))
+
+    def answer(where, said, **more):
+        print(json.dumps({**where, **more, 'text': said}) if args.json else f'{" ".join(where.values())}: {said}')
+
+    for kind, task, files in (('image', 'i2t', args.image), ('audio', 'a2t', args.audio)):
+        for file in files:
+            grammar.length(kind)                       # one line when this token space has none of it
+            if kind == 'image':
+                codes, _ = codecs.encode_image([read_image(file, space.image['size'])])
+            else:
+                codes, _ = codecs.encode_audio([read_audio(file, space.audio['sample_rate'], space.audio['samples'])])
+            for seed, ids in zip(seeds, read_text(lm, grammar, task, [codes[0]] * args.n, args.max_new_tokens,
+                                                  args.temperature or 0.0, args.top_p, seeds)):
+                answer({kind: file}, codecs.tokenizer.decode(ids, skip_special_tokens=True).strip(), seed=seed)
+    guidance = args.guidance or (settings['guidance'][0] if stage == 'b4' else settings['guidance'])
+    temperature = settings['temperature'] if args.temperature is None else args.temperature
+    for kind, task, texts in (('image', 't2i', args.draw), ('audio', 't2a', args.sound)):
+        for k, text in enumerate(texts):
+            room = settings['max_seq_len'] - grammar.length(kind) - 3
+            ids = codecs.encode_text(text)[:room]      # as training cuts a prompt
+            codes = write_codes(lm, grammar, task, [ids] * args.n, temperature, 0, args.top_p, guidance, seeds)
+            Path(args.to).mkdir(parents=True, exist_ok=True)
+            for seed, one in zip(seeds, codes):
+                file = Path(args.to) / (f'draw_{k}_{seed}.png' if kind == 'image' else f'sound_{k}_{seed}.wav')
+                if kind == 'image':
+                    made = codecs.decode_image(one[None], [{'size': space.image['size']}])[0]
+                    Image.fromarray(made.transpose(1, 2, 0)).save(file)
+                else:
+                    meta = {'n_samples': space.audio['samples'], 'sample_rate': space.audio['sample_rate']}
+                    soundfile.write(file, codecs.decode_audio(one[None], [meta])[0], space.audio['sample_rate'])
+                answer({kind: str(file)}, text, seed=seed)
+    sys.exit(0)
+
+# Track A: caption, ask, chat
+if args.audio or args.draw or args.sound:
+    raise SystemExit(f'{args.run} is an {stage.upper()} run, which sees pictures only; use a B3 or B4 run for sounds '
+                     'and to draw')
+args.temperature = args.temperature or 0.0
+chats, model = stage == 'a2', meta['model']
 if args.prompt and not chats:
     raise SystemExit(f'{args.run} is an A1 run, which captions and takes no --prompt; use an A2 run to ask')
 model.update({k: v for k, v in (('llm', args.llm), ('vision', args.vision)) if v})
 vlm = load_vlm(**model, dtype=frozen_dtype('auto', device), device=device)
 vlm.connector.load_state_dict(tensors['connector'])
 if chats:
-    settings = meta['settings']
-    adapter = get_peft_model(vlm.llm, LoraConfig(r=settings['lora_r'], lora_alpha=settings['lora_alpha'],
-                                                 target_modules=settings['lora_targets'], task_type='CAUSAL_LM'))
-    set_peft_model_state_dict(adapter, tensors['lora'])
+    set_peft_model_state_dict(adapted(vlm.llm), tensors['lora'])
 vlm.eval()
 tokenizer = load_tokenizer(model['llm'])
-template = Template(tokenizer, model['shape']['num_image_tokens'], meta['settings']['max_seq_len'])
+template = Template(tokenizer, model['shape']['num_image_tokens'], settings['max_seq_len'])
 prepare = image_settings(model['vision'])
 read = partial(read_image, size=prepare['size'], resample=prepare['resample'])
 

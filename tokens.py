@@ -11,6 +11,7 @@ import copy
 import hashlib
 import io
 import json
+import math
 import os
 import shutil
 from collections import Counter
@@ -27,7 +28,7 @@ from transformers import AddedToken, AutoModelForCausalLM
 from transformers.cache_utils import DynamicCache
 
 from common import all_gather, write_atomic
-from data import collate
+from data import collate, prompt_of, with_prompt
 from model import generate, label_losses, left_padded, load_llm, pick
 from uti import SPECIALS, TASKS, TokenSpace
 
@@ -133,18 +134,25 @@ def load_token_lm(llm, space, typed_head=True, noise=0.02, dtype=torch.float32, 
 
 
 @torch.no_grad()
-def row_losses(lm, rows, batch_size, rank=0, world_size=1):
-    """Summed loss of each row, (rows,), in nats, on every rank."""
+def row_sums(lm, rows, batch_size, rank=0, world_size=1):
+    """Summed loss of each row in nats, and how many of its labels got more than half of the probability: (rows,) each,
+    on every rank."""
     lm.eval()
     mine, done = list(range(rank, len(rows), world_size)), {}
     for part in (mine[i:i + batch_size] for i in range(0, len(mine), batch_size)):
         batch = collate([rows[i] for i in part], [None] * len(part), 0).to(lm.llm.device)
         losses = lm.nll(batch).double()
-        sums = torch.zeros(len(part), dtype=torch.float64, device=losses.device).index_add(0, batch.label_rows, losses)
+        each = torch.stack([losses, (losses < math.log(2)).double()], dim=1)                    # (M, 2)
+        sums = each.new_zeros(len(part), 2).index_add(0, batch.label_rows, each)
         done.update(zip(part, sums.tolist()))
     lm.train()
-    done = {i: loss for part in all_gather(done) for i, loss in part.items()}
-    return np.array([done[i] for i in range(len(rows))])
+    done = {i: sums for part in all_gather(done) for i, sums in part.items()}
+    return np.array([done[i] for i in range(len(rows))]).reshape(-1, 2).T
+
+
+def row_losses(lm, rows, batch_size, rank=0, world_size=1):
+    """Summed loss of each row, (rows,), in nats, on every rank."""
+    return row_sums(lm, rows, batch_size, rank, world_size)[0]
 
 
 def with_media(row, codes):
@@ -167,6 +175,16 @@ def random_media(rows, grammar, modality, seed):
     """Reading rows with random codes, each legal in its place."""
     first, end = grammar.bounds(grammar.payload_ranges[modality])
     return [with_media(row, np.random.default_rng([seed, i]).integers(first, end)) for i, row in enumerate(rows)]
+
+
+def swapped_prompts(rows, seed):
+    """Writing rows, each behind the prompt of another item: dealt over the whole set, never the same words again."""
+    prompts = [prompt_of(row) for row in rows]
+    keys = [hashlib.sha256(f'{seed} '.encode() + prompt.tobytes()).digest() for prompt in prompts]
+    order = sorted(range(len(rows)), key=lambda i: (keys[i], i))
+    most = max(Counter(keys).values())                 # those of the same words stand together: go past them
+    partner = dict(zip(order, np.roll(order, -most).tolist()))
+    return [with_prompt(row, prompts[partner[i]]) for i, row in enumerate(rows)]
 
 
 @torch.no_grad()

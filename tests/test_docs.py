@@ -9,7 +9,7 @@ import pytest
 from conftest import REPO
 
 SCRIPTS = {'a1': 'train_a1.py', 'a11': 'sweep_a11.py', 'a2': 'train_a2.py', 'b1': 'uti.py', 'b2': 'build_b2.py',
-           'b3': 'train_b3.py'}
+           'b3': 'train_b3.py', 'b4': 'train_b4.py'}
 CONFIGS = sorted((REPO / 'configs').glob('*.py'))
 
 
@@ -67,7 +67,7 @@ def test_every_command_that_is_shown_parses(where, command):
         if word.endswith('.py'):
             assert (REPO / word).exists() or word.startswith('out/'), word
         elif script != 'sample.py' and (match := re.match(r'--(\w+)=', word)):
-            own = ('parts', 'score', 'bar') if script == 'make_small.py' else ()
+            own = ('parts', 'score', 'bar', 'bar_written', 'points_lost') if script == 'make_small.py' else ()
             assert match[1] in settings_of(script) or match[1] in own
 
 
@@ -96,10 +96,14 @@ def test_imports_point_down():
 
 def test_copies_that_must_stay_alike_are_alike():
     """The passages that the training scripts share to the letter; a fix to one has to reach the others."""
-    a1, a2, b3 = ((REPO / f'train_{stage}.py').read_text() for stage in ('a1', 'a2', 'b3'))
-    b3 = b3.replace('lm(batch', 'vlm(batch')
-    for passage, texts in (('def forward_backward.*?\n\n\n', (a1, a2, b3)), ('def evaluate.*?\n\n\n', (a1, a2)),
-                           ('    # stop\n.*?    # learning rate', (a1, a2, b3)), ('# schedule.*?# evaluate', (a1, b3)),
-                           ('    # learning rate.*?    # step', (a1, b3)), ('    # log\n.*?# gates', (a1, b3))):
+    a1, a2, b3, b4 = ((REPO / f'train_{stage}.py').read_text() for stage in ('a1', 'a2', 'b3', 'b4'))
+    b3, b4 = (text.replace('lm(batch', 'vlm(batch') for text in (b3, b4))
+    for passage, texts in (('def forward_backward.*?\n\n\n', (a1, a2, b3, b4)), ('def evaluate.*?\n\n\n', (a1, a2)),
+                           ('    # stop\n.*?    # learning rate', (a1, a2, b3, b4)),
+                           ('# schedule.*?# evaluate', (a1, b3)), ('def lr_at.*?\n\n\n', (a2, b4)),
+                           ('    # learning rate.*?    # step', (a1, b3)),
+                           ('    # learning rate.*?    # log', (a2, b4)),
+                           ('    # log\n.*?# gates', (a1, b3)), ('def rows_of.*?\n\n\n', (b3, b4)),
+                           ('# ranks.*?# derived', (a2, b3, b4))):
         cut = [re.search(passage, text, re.DOTALL)[0].replace('caption(evaluation', '') for text in texts]
         assert len(set(cut)) == 1, passage

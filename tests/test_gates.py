@@ -203,3 +203,33 @@ def test_the_curves_of_a_log_are_a_picture_that_follows_the_log(tmp_path):
             assert (picture.format, picture.size) == ('PNG', (1210, 440))    # 11 x 4 inches at 110 dots
             pictures.append(picture.tobytes())
     assert pictures[0] != pictures[1]
+
+
+def test_one_id_outside_its_range_or_one_golden_item_of_another_shape_fails():
+    first, end, shapes = np.array([4, 8]), np.array([8, 12]), [(3, 2, 2)] * 2
+    good = [np.zeros((3, 2, 2), np.uint8)] * 2
+    assert all(g.passed for g in gates.written('t2i', [[4, 11], [7, 8]], first, end, good, shapes, 2))
+    outside, decoded = gates.written('t2i', [[4, 12], [7, 8]], first, end, good[:1], shapes, 2)
+    assert (outside.value, outside.passed, decoded.value, decoded.passed) == (1, False, 1, False)
+    _, decoded = gates.written('t2a', [[4, 8]], first, end, [np.array([0.0, np.nan])], [(2,)], 1)
+    assert not decoded.passed
+    nothing = gates.written('t2i', [], first, end, [], [], 2)
+    assert not any(g.passed for g in nothing)
+
+
+def test_a_model_that_draws_or_sounds_nothing_or_noise_or_the_same_thing_has_collapsed():
+    rng, t = np.random.default_rng(0), np.arange(4000) / 16000
+    codes = [[n] for n in range(8)]
+    pictures = [rng.integers(0, 255, (3, 8, 8)) for _ in codes]
+    tones = [0.3 * np.sin(2 * np.pi * (200 + 10 * n) * t) for n in range(8)]
+
+    def passed(codes, made, **bars):
+        return [g.passed for g in gates.collapse('task', codes, made, 0.5, **bars)]
+    assert passed(codes, pictures, pixel_std=10.0) == [True, True]
+    assert passed([[1]] * 8, pictures, pixel_std=10.0) == [False, True]
+    assert passed(codes, [np.full((3, 8, 8), 7)] * 8, pixel_std=10.0) == [True, False]
+    assert passed(codes, tones, rms=0.01, spectral_std=6.0) == [True, True, True]
+    assert passed(codes, [0 * t] * 8, rms=0.01, spectral_std=6.0) == [True, False, False]
+    assert passed(codes, [rng.normal(size=4000)] * 8, rms=0.01, spectral_std=6.0) == [True, True, False]
+    assert passed(codes, [t * np.nan] * 8, rms=0.01, spectral_std=6.0) == [True, False, False]
+    assert passed([], [], rms=0.01, spectral_std=6.0) == [False] * 3

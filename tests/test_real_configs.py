@@ -21,6 +21,11 @@ QWEN3 = {  # as published; the text rows are 151,936 in both
               'num_key_value_heads': 8, 'head_dim': 128, 'tie_word_embeddings': True}, 596_049_920, 13_223_424)}
 
 
+REAL_SPACE = TokenSpace({'name': '', 'text_rows': 151_936, 'tokenizer_sha256': '', 'end_of_text': 151_645},
+                        {'size': 384, 'grid': [24, 24], 'codes': 16_384},
+                        {'sample_rate': 24_000, 'samples': 240_000, 'frames': 750, 'codebooks': 2, 'codes': 1024})
+
+
 @pytest.mark.parametrize('size', QWEN3)
 def test_a1_has_the_real_sizes_and_takes_a_full_row(size):
     shape, llm_parameters, connector_parameters = QWEN3[size]
@@ -63,20 +68,35 @@ def test_b3_trains_the_new_rows_twice_and_takes_documents_of_real_length(size):
     """Janus's 16,384 codes of a 24 x 24 picture, two codebooks of 1,024 for 10 s of EnCodec at 75 frames a second."""
     shape, llm_parameters, _ = QWEN3[size]
     s = configure(settings_of('train_b3.py'), [str(REPO / f'configs/b3_qwen3_{size}.py')])
-    space = TokenSpace({'name': '', 'text_rows': 151_936, 'tokenizer_sha256': '', 'end_of_text': 151_645},
-                       {'size': 384, 'grid': [24, 24], 'codes': 16_384},
-                       {'sample_rate': 24_000, 'samples': 240_000, 'frames': 750, 'codebooks': 2, 'codes': 1024})
     with torch.device('meta'):
         llm = Qwen3ForCausalLM(Qwen3Config(vocab_size=151_936, **shape)).requires_grad_(False)
         llm.set_attn_implementation('rows')
-        lm = TokenLM(llm, space, s['typed_head'], s['rows_noise'])
+        lm = TokenLM(llm, REAL_SPACE, s['typed_head'], s['rows_noise'])
     trained = [p for p in lm.parameters() if p.requires_grad]
     assert [tuple(p.shape) for p in trained] == [(18_436, shape['hidden_size'])] * 2   # 4 + 16,384 + 2 * 1,024
     assert sum(p.numel() for p in lm.parameters()) == llm_parameters + 2 * 18_436 * shape['hidden_size']
-    grammar, rows = Grammar(space), []
+    grammar, rows = Grammar(REAL_SPACE), []
     for task in s['task_weights']:
         modality = 'image' if 'i' in task else 'audio'
         payload = grammar.bounds(grammar.payload_ranges[modality])[0]
         rows.append(token_row(Record(task, modality, payload, np.arange(20), ''), task, grammar, s['max_seq_len']))
     batch = collate(rows, [None] * 4, 0)
     assert batch.n_labels == lm.nll(batch.to('meta')).shape[0] == 21 + 21 + 577 + 1501
+
+
+@pytest.mark.parametrize('size', QWEN3)
+def test_b4_adds_the_lora_that_its_formula_says_to_the_rows_of_b3(size):
+    from peft import LoraConfig, get_peft_model
+    shape, _, _ = QWEN3[size]
+    s = configure(settings_of('train_b4.py'), [str(REPO / f'configs/b4_qwen3_{size}.py')])
+    with torch.device('meta'):
+        llm = Qwen3ForCausalLM(Qwen3Config(vocab_size=151_936, **shape)).requires_grad_(False)
+        llm.set_attn_implementation('rows')
+        lm = TokenLM(llm, REAL_SPACE)
+        get_peft_model(lm.llm, LoraConfig(r=s['lora_r'], lora_alpha=s['lora_alpha'], target_modules=s['lora_targets']))
+    d, heads, kv = shape['hidden_size'], shape['num_attention_heads'] * 128, shape['num_key_value_heads'] * 128
+    each = (d + heads) + 2 * (d + kv) + (heads + d) + 3 * (d + shape['intermediate_size'])   # q, k v, o, gate up down
+    trained = sum(p.numel() for p in lm.parameters() if p.requires_grad)
+    assert trained == s['lora_r'] * each * shape['num_hidden_layers'] + 2 * 18_436 * d
+    assert not s['full_tune'] and s['rows_dir'] == configure(
+        settings_of('train_b3.py'), [str(REPO / f'configs/b3_qwen3_{size}.py')])['out_dir']

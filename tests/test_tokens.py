@@ -9,11 +9,11 @@ import torch.nn.functional as F
 from test_uti import AUDIO, IMAGE
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
-from data import Record, Row, collate, mixture, token_row
+from data import Curriculum, Record, Row, collate, mixture, prompt_of, ramped, token_row, with_prompt
 from model import load_llm, pick
 from tokens import (
-    TokenLM, export, export_difference, load_rows, random_media, read_text, row_losses, save_rows, swapped_media,
-    text_difference, training_bytes, write_codes)
+    TokenLM, export, export_difference, load_rows, random_media, read_text, row_losses, row_sums, save_rows,
+    swapped_media, swapped_prompts, text_difference, training_bytes, write_codes)
 from uti import Grammar, TokenSpace
 
 N_TEXT, END = 512, 2                                   # of the tiny world's language model
@@ -173,6 +173,74 @@ def test_random_media_is_legal_in_every_place():
     for row, other in zip(rows, random_media(rows, GRAMMAR, 'audio', seed=1)):
         GRAMMAR.check_payload('audio', other.ids[1:5])
         assert other.ids[1:5].tolist() != row.ids[1:5].tolist() and other.ids[5:].tolist() == row.ids[5:].tolist()
+
+
+def test_a_writing_row_behind_another_prompt_is_the_document_of_that_prompt():
+    for task in 't2i', 't2a':
+        row = token_row(record(task, 1), task, GRAMMAR, 64)
+        for text in [9, 8, 7], []:
+            wanted = GRAMMAR.document(task, row.item.payload, text)
+            got = with_prompt(row, text)
+            for name in 'ids', 'labelled', 'ranges':
+                np.testing.assert_array_equal(getattr(got, name), getattr(wanted, name))
+            assert prompt_of(got).tolist() == text
+
+
+def test_swapped_prompts_are_never_an_items_own_words_even_when_several_items_share_them():
+    rows = [with_prompt(token_row(record('t2i', n), 't2i', GRAMMAR, 64), [5 + min(n, 4)]) for n in range(8)]
+    swapped = swapped_prompts(rows, seed=1)
+    assert all(prompt_of(a).tolist() != prompt_of(b).tolist() for a, b in zip(rows, swapped))
+    assert sorted(prompt_of(r)[0] for r in swapped) == sorted(prompt_of(r)[0] for r in rows)
+    for a, b in zip(rows, swapped):
+        assert a.ids[a.labelled].tolist() == b.ids[b.labelled].tolist()
+
+
+def test_labels_with_more_than_half_of_the_probability_are_counted(lm):
+    rows = rows_of(*FOUR)
+    losses, right = row_sums(lm, rows, 4)
+    np.testing.assert_array_equal(losses, row_losses(lm, rows, 4))
+    each = [by_hand(lm, row, True) for row in rows]
+    assert right.tolist() == [sum(nats < np.log(2) for nats in one) for one in each]
+
+
+def test_shares_go_in_a_straight_line_from_one_set_of_weights_to_another():
+    start, end = {'i2t': 3.0, 't2i': 1.0}, {'i2t': 1.0, 't2i': 1.0, 't2a': 2.0}
+    assert ramped(start, end, 0.0) == {'i2t': 0.75, 't2i': 0.25, 't2a': 0.0}
+    assert ramped(start, end, 0.5) == {'i2t': 0.5, 't2i': 0.25, 't2a': 0.25}
+    assert ramped(start, end, 1.0) == {'i2t': 0.25, 't2i': 0.25, 't2a': 0.5}
+
+
+def curriculum(shares, dropout=0.0, n=10, seed=3):
+    rows = {task: [token_row(record(task, k), task, GRAMMAR, 64) for k in range(n)] for task in ('i2t', 't2i')}
+    return Curriculum(rows, shares, 8, dropout, ['t2i'], seed)
+
+
+def test_a_curriculum_has_the_shares_of_each_step_and_every_row_once_an_epoch():
+    """Of 8 rows a fifth is 1.6: 1.6, 3.2, 4.8, 6.4 and 8 are owed after five steps, so 2, 1, 2, 1, 2 are given."""
+    train = curriculum([{'i2t': 0.2, 't2i': 0.8}] * 5 + [{'i2t': 1.0, 't2i': 0.0}] * 4)
+    assert train.counts[:, 0].tolist() == [2, 1, 2, 1, 2, 8, 8, 8, 8]
+    steps = [train.step_rows(step, 8) for step in range(9)]
+    assert all(len(rows) == 8 for rows in steps)
+    written = [r.item.id for rows in steps for r in rows if r.item.id.startswith('t2i')]
+    assert len(written) == 32 and all(written.count(f't2i {k}') in (3, 4) for k in range(10))
+    ids = [[r.item.id for r in rows] for rows in steps]
+    assert ids == [[r.item.id for r in curriculum([{'i2t': 0.2, 't2i': 0.8}] * 9).step_rows(step, 8)]
+                   for step in range(5)] + ids[5:]     # a step knows nothing of the steps after it
+    many = Curriculum(train.tasks, [ramped({'i2t': 1}, {'i2t': 1, 't2i': 9}, s / 400) for s in range(400)], 8, seed=1)
+    assert (many.counts.sum(1) == 8).all() and abs(many.counts[:, 1].sum() - 0.45 * 3200) < 8
+
+
+def test_prompts_are_dropped_by_row_and_epoch_alone_in_their_share():
+    how = [{'i2t': 0.0, 't2i': 1.0}] * 100
+    steps = [curriculum(how, 0.25).step_rows(step, 8) for step in range(100)]
+    bare = [not len(prompt_of(r)) for rows in steps for r in rows]
+    assert abs(np.mean(bare) - 0.25) < 0.05
+    again = curriculum(how, 0.25)
+    for step in 99, 7:                                 # in any order, as after a resume
+        assert [r.ids.tolist() for r in again.step_rows(step, 8)] == [r.ids.tolist() for r in steps[step]]
+    epochs = [{r.item.id for rows in steps[5 * e:5 * e + 5] for r in rows if not len(prompt_of(r))} for e in range(20)]
+    assert len(set(map(frozenset, epochs))) > 5        # others are without their prompt in another epoch
+    assert not any(not len(prompt_of(r)) for r in curriculum(how, 0.0).step_rows(0, 8))
 
 
 def test_a_mixture_has_its_shares_holds_every_row_and_repeats_evenly():
