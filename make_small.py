@@ -383,7 +383,7 @@ def edited(scene, rng):
     return scene._replace(things=tuple(sorted(things, key=lambda t: list(PLACES).index(t.place))))
 
 
-def make_vision(folder, n_steps=600, learning_rate=2e-3, n_groups=32, group=4):
+def make_vision(folder, n_steps=800, learning_rate=2e-3, n_groups=32, group=4):
     """A tiny SigLIP trained with its sigmoid loss on pairs of a picture and a text that names everything in it.
 
     Batches hold groups of near-identical scenes, so that shape, size and place have to be seen, not only colours; the
