@@ -85,10 +85,11 @@ if stage in ('b3', 'b4'):
     for name, where in named.items():
         if not where:
             raise SystemExit(f'{args.run} was trained without its codecs: say with --{name} where this one is')
+    image_prefix, audio_prefix = (settings.get(f'{kind}_prefix', '') for kind in ('image', 'audio'))
     codecs = UTI.build(model['llm'], **named, **({
-        'clip_seconds': space.audio['samples'] / space.audio['sample_rate'], 'audio_prefix': settings['audio_prefix'],
+        'clip_seconds': space.audio['samples'] / space.audio['sample_rate'], 'audio_prefix': audio_prefix,
         'audio_codebooks': space.audio['codebooks']} if space.audio else {}), **({
-            'image_prefix': settings['image_prefix'], 'image_size': space.image['size']} if space.image else {}))
+            'image_prefix': image_prefix, 'image_size': space.image['size']} if space.image else {}))
     space.require(codecs.space, 'what the base model and the codecs make today')
     lm = load_token_lm(**model, space=space, dtype=frozen_dtype('auto', device), device=device)
     lm.load_rows(tensors['rows'], args.run)

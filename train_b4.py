@@ -137,7 +137,7 @@ if tokenizer_sha256(tokenizer) != space.base['tokenizer_sha256']:
 if not 0 <= prompt_dropout < 1 or not 0 <= replay_share < 1 or not guidance:
     raise SystemExit(f'prompt_dropout = {prompt_dropout}, replay_share = {replay_share}, guidance = {guidance}: '
                      'wanted shares from 0 to below 1 and at least one guidance')
-tasks = [task for task in task_weights if task_weights[task] or task_weights_start.get(task)]
+tasks = [task for task, share in ramped(task_weights_start, task_weights, 0.5).items() if share]
 
 
 def rows_of(split, n=None):

@@ -4,6 +4,7 @@ import re
 
 import numpy as np
 import pytest
+from PIL import Image
 
 import make_small as m
 import world as w
@@ -149,3 +150,26 @@ def test_codecs_are_made_to_the_same_bytes_again(tmp_path):
         make_audio_codec(folder / 'audio', n_clips=20, n_codes=64, n_tested=4)
         return [(folder / part / 'model.safetensors').read_bytes() for part in ('image', 'audio')]
     assert weights(tmp_path / 'a') == weights(tmp_path / 'b')
+
+
+def test_what_a_run_drew_and_sounded_is_scored_by_what_is_seen_and_heard(tmp_path):
+    import soundfile
+    rng, out = np.random.default_rng(0), tmp_path / 'out'
+    scene, sound = w.random_scene(rng, 2), w.Sound('pure', 'low', 'level', 'even', 'two')
+    for folder in 'predictions/t2i', 'predictions/t2a', 'golden/step_000000', 'golden/step_000009':
+        (out / folder).mkdir(parents=True)
+    for folder in 'captions', 'sounds':
+        (tmp_path / folder).mkdir()
+    (tmp_path / 'captions' / 'truth.json').write_text(json.dumps({'a': scene}))
+    (tmp_path / 'sounds' / 'truth.json').write_text(json.dumps({'b': sound}))
+    Image.fromarray(w.draw(scene, rng)).save(out / 'predictions' / 't2i' / '000.png')
+    soundfile.write(out / 'predictions' / 't2a' / '000.wav', w.play(sound._replace(pitch='high'), rng), w.RATE)
+    said = {'i2t': w.caption(scene, rng), 'a2t': 'two low pure tones, level, fading', 't2i': '', 't2a': ''}
+    for folder in 'predictions', 'golden/step_000000', 'golden/step_000009':
+        for task, text in said.items():
+            text = '' if folder == 'golden/step_000000' else text
+            id = 'a' if task in ('i2t', 't2i') else 'b'
+            (out / folder / f'{task}.jsonl').write_text(json.dumps({'id': id, 'prediction': text}) + '\n')
+    tally = m.score_tokens(out, tmp_path)
+    assert {name: right / asked for name, (right, asked) in tally.items()} == {
+        'i2t': 1, 'a2t': 0.8, 't2i': 1, 't2a': 0.8, 'i2t first': 0, 'i2t last': 1, 'a2t first': 0, 'a2t last': 0.8}
