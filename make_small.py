@@ -172,8 +172,8 @@ def text_document(rng, progress=1.0):
     if progress < 0.19:
         return with_answers(*asked(rng, choose(rng, (2, 3, 4)), 2))
     if dice < (1.0 if progress < 0.33 else 0.4):
-        n_fields = choose(rng, (2, 3) if progress < 0.25 else (3, 4, 4))
-        return with_answers(*asked(rng, choose(rng, (1, 2, 3, 3)), n_fields))
+        n_things = choose(rng, (1, 2, 3, 3))
+        return with_answers(*asked(rng, n_things, choose(rng, (2, 3) if progress < 0.25 else (3, 4, 4))))
     if progress < 0.6:
         kinds = 8 * ['retell'] + ['answer', 'heard']
     else:
