@@ -77,15 +77,8 @@ all_sum(0)
 # the token space, and the codecs it was made for
 gates.require_passed(audit_dir, allow_failed_gates)
 space = TokenSpace.load(Path(audit_dir) / 'token_space.json')
-uti = UTI.build(llm, image_codec, audio_codec, **({
-    'clip_seconds': space.audio['samples'] / space.audio['sample_rate'], 'audio_prefix': audio_prefix,
-    'audio_codebooks': space.audio['codebooks']} if space.audio else {}), **({
-        'image_prefix': image_prefix, 'image_size': space.image['size']} if space.image else {}))
-uti.space.require(space, audit_dir)
+uti = UTI.of_space(space, audit_dir, llm, image_codec, audio_codec, image_prefix, audio_prefix, device)
 torch.backends.cudnn.allow_tf32 = False                # codes come from float32, as they did in the audit
-for codec in (uti.image_codec, uti.audio_codec):
-    if codec:
-        codec.to(device)
 grammar = Grammar(space)
 READ = {'image': lambda path: read_image(path, space.image['size']),
         'audio': lambda path: read_audio(path, space.audio['sample_rate'], space.audio['samples'])}

@@ -86,11 +86,7 @@ if stage in ('b3', 'b4'):
         if not where:
             raise SystemExit(f'{args.run} was trained without its codecs: say with --{name} where this one is')
     image_prefix, audio_prefix = (settings.get(f'{kind}_prefix', '') for kind in ('image', 'audio'))
-    codecs = UTI.build(model['llm'], **named, **({
-        'clip_seconds': space.audio['samples'] / space.audio['sample_rate'], 'audio_prefix': audio_prefix,
-        'audio_codebooks': space.audio['codebooks']} if space.audio else {}), **({
-            'image_prefix': image_prefix, 'image_size': space.image['size']} if space.image else {}))
-    space.require(codecs.space, 'what the base model and the codecs make today')
+    codecs = UTI.of_space(space, args.run, model['llm'], **named, image_prefix=image_prefix, audio_prefix=audio_prefix)
     lm = load_token_lm(**model, space=space, dtype=frozen_dtype('auto', device), device=device)
     lm.load_rows(tensors['rows'], args.run)
     if stage == 'b4' and not settings['full_tune']:
@@ -129,8 +125,8 @@ if stage in ('b3', 'b4'):
                     made = codecs.decode_image(one[None], [{'size': space.image['size']}])[0]
                     Image.fromarray(made.transpose(1, 2, 0)).save(file)
                 else:
-                    meta = {'n_samples': space.audio['samples'], 'sample_rate': space.audio['sample_rate']}
-                    soundfile.write(file, codecs.decode_audio(one[None], [meta])[0], space.audio['sample_rate'])
+                    whole = {'n_samples': space.audio['samples'], 'sample_rate': space.audio['sample_rate']}
+                    soundfile.write(file, codecs.decode_audio(one[None], [whole])[0], space.audio['sample_rate'])
                 answer({kind: str(file)}, text, seed=seed)
     sys.exit(0)
 

@@ -103,10 +103,11 @@ class TokenLM(nn.Module):
             hidden = self.hidden(batch).index_select(0, batch.label_positions)                  # (M, D)
             if not self.typed_head:
                 return label_losses(hidden, self.all_logits, batch.labels)
-            counts = [count for _, count in batch.label_ranges]
+            ranges = batch.label_ranges or [(self.space.by_name['text'], batch.n_labels)]   # rows that say none: text
+            counts = [count for _, count in ranges]
             return torch.cat([
                 label_losses(h, partial(self.range_logits, index), y - self.space.ranges[index].first)
-                for (index, _), h, y in zip(batch.label_ranges, hidden.split(counts), batch.labels.split(counts))])
+                for (index, _), h, y in zip(ranges, hidden.split(counts), batch.labels.split(counts))])
 
     def forward(self, batch):
         return self.nll(batch).sum()
@@ -162,13 +163,20 @@ def with_media(row, codes):
     return replace(row, ids=ids)
 
 
+def dealt(keys, seed):
+    """Another item for each, in an order drawn over the whole set: one whose key, bytes, is another. Items of one key
+    stand together in the order, so everyone goes past as many as the commonest key has; with more than half of the
+    items under one key there is no such deal."""
+    drawn = [hashlib.sha256(f'{seed} '.encode() + key).digest() for key in keys]
+    order = sorted(range(len(keys)), key=lambda i: (drawn[i], i))
+    partner = dict(zip(order, np.roll(order, -max(Counter(keys).values())).tolist()))
+    return [partner[i] for i in range(len(keys))]
+
+
 def swapped_media(rows, n, seed):
     """Reading rows, each with the n codes of another item: dealt over the whole set, never the same medium again."""
-    keys = [hashlib.sha256(f'{seed} {row.item.media}'.encode()).digest() for row in rows]
-    order = sorted(range(len(rows)), key=lambda i: (keys[i], i))
-    most = max(Counter(row.item.media for row in rows).values())   # those of one medium stand together: go past them
-    partner = dict(zip(order, np.roll(order, -most).tolist()))
-    return [with_media(row, rows[partner[i]].ids[1:1 + n]) for i, row in enumerate(rows)]
+    partners = dealt([row.item.media.encode() for row in rows], seed)
+    return [with_media(row, rows[partner].ids[1:1 + n]) for row, partner in zip(rows, partners)]
 
 
 def random_media(rows, grammar, modality, seed):
@@ -180,11 +188,8 @@ def random_media(rows, grammar, modality, seed):
 def swapped_prompts(rows, seed):
     """Writing rows, each behind the prompt of another item: dealt over the whole set, never the same words again."""
     prompts = [prompt_of(row) for row in rows]
-    keys = [hashlib.sha256(f'{seed} '.encode() + prompt.tobytes()).digest() for prompt in prompts]
-    order = sorted(range(len(rows)), key=lambda i: (keys[i], i))
-    most = max(Counter(keys).values())                 # those of the same words stand together: go past them
-    partner = dict(zip(order, np.roll(order, -most).tolist()))
-    return [with_prompt(row, prompts[partner[i]]) for i, row in enumerate(rows)]
+    partners = dealt([prompt.tobytes() for prompt in prompts], seed)
+    return [with_prompt(row, prompts[partner]) for row, partner in zip(rows, partners)]
 
 
 @torch.no_grad()

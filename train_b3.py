@@ -15,7 +15,6 @@ import math
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import soundfile
@@ -28,7 +27,7 @@ from common import (Log, StopSignal, all_gather, all_sum, check_resumable, epoch
                     has_checkpoint, init_ranks, load_checkpoint, lock_run, peak_memory_mb, provenance, reduce_gradients,
                     save_checkpoint, seed_everything, sha256_tensors, write_atomic)
 from configure import configure
-from data import Loader, Row, contact_sheet, mixture, read_shards, read_texts, token_row
+from data import Loader, Template, contact_sheet, mixture, read_shards, read_texts, token_row
 from model import load_tokenizer
 from tokens import (export, export_difference, load_token_lm, random_media, read_text, row_losses, save_rows,
                     swapped_media, text_difference, training_bytes, write_codes)
@@ -120,10 +119,8 @@ short = [task for task in tasks if not train_rows[task] or len(eval_rows[task]) 
 if short:
     raise SystemExit(f'{shards_dir} has {len(train_rows[short[0]])} items to train and {len(eval_rows[short[0]])} to '
                      f'evaluate {short[0]} on: add data, or set its task_weights to 0')
-texts = []
-for n, text in enumerate(read_texts(text_jsonl)[:n_text]):
-    ids = np.array(tokenizer.encode(text, add_special_tokens=False)[:max_seq_len], np.int32)
-    texts += [Row(SimpleNamespace(id=f'text {n}'), ids, np.arange(1, len(ids)), -1, False)] * (len(ids) > 0)
+template = Template(tokenizer, 0, max_seq_len)
+texts = [template.text(text, f'text {n}') for n, text in enumerate(read_texts(text_jsonl)[:n_text]) if text]
 
 # model, and what is frozen
 seed_everything(seed, 'rows')
@@ -139,11 +136,7 @@ if rank == 0:
 
 codecs = None
 if rank == 0 and (image_codec or audio_codec):
-    codecs = UTI.build(llm, image_codec, audio_codec, **({
-        'clip_seconds': space.audio['samples'] / space.audio['sample_rate'], 'audio_prefix': audio_prefix,
-        'audio_codebooks': space.audio['codebooks']} if space.audio else {}), **({
-            'image_prefix': image_prefix, 'image_size': space.image['size']} if space.image else {}))
-    space.require(codecs.space, 'what image_codec and audio_codec name')
+    codecs = UTI.of_space(space, shards_dir, llm, image_codec, audio_codec, image_prefix, audio_prefix, device)
 
 # optimizer: its state is for the new rows alone
 optimizer = torch.optim.AdamW(trainable.values(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=weight_decay,
@@ -358,7 +351,7 @@ if rank == 0:
                  gates.at_most('share of truncated samples', np.mean([r.truncated for r in every]), gate_truncated),
                  gates.exactly('samples without a label', sum(len(r.labelled) == 0 for r in every), 0),
                  gates.exactly('optimizer state beyond the new rows', len(
-                     set(optimizer.state) - set(trainable.values())), 0),
+                     set(optimizer.state) - {lm.new_in, lm.new_out}), 0),
                  *gates.trained_set({'new_in', 'new_out'}, trainable, with_gradient, frozen_sha, frozen_now)]
     gates.curves(out / 'log.jsonl', out / 'curves.png', [f'{task}_correct' for task in tasks])
     status = gates.conclude(out, verdicts, losses=means, ablations=ablations, bytes=training_bytes(lm, optimizer))

@@ -17,7 +17,6 @@ import math
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import soundfile
@@ -31,7 +30,7 @@ from common import (Log, StopSignal, all_gather, all_sum, check_resumable, epoch
                     has_checkpoint, init_ranks, load_checkpoint, lock_run, peak_memory_mb, provenance, reduce_gradients,
                     save_checkpoint, seed_everything, sha256_tensors, write_atomic)
 from configure import configure
-from data import Curriculum, Row, contact_sheet, ramped, read_shards, read_texts, token_row, with_prompt
+from data import Curriculum, Template, contact_sheet, ramped, read_shards, read_texts, token_row, with_prompt
 from model import load_tokenizer
 from tokens import (export, load_rows, load_token_lm, random_media, read_text, row_losses, row_sums, save_rows,
                     swapped_media, swapped_prompts, write_codes)
@@ -155,13 +154,10 @@ if short:
 
 
 def text_rows(path, n=None):
-    """[Row] of the first n texts of a file, as they stand; every id after the first is a label."""
-    rows = []
-    for k, text in enumerate(read_texts(path)[:n]):
-        ids = np.array(tokenizer.encode(text, add_special_tokens=False)[:max_seq_len], np.int32)
-        ranges = np.full(max(0, len(ids) - 1), space.by_name['text'], np.int16)
-        rows += [Row(SimpleNamespace(id=f'text {k}'), ids, np.arange(1, len(ids)), -1, False, ranges)] * (len(ids) > 1)
-    return rows
+    """[Row] of the first n texts of a file, but for those of a single id, which leave nothing to predict."""
+    template = Template(tokenizer, 0, max_seq_len)
+    rows = [template.text(text, f'text {k}') for k, text in enumerate(read_texts(path)[:n])]
+    return [row for row in rows if len(row.labelled)]
 
 
 texts = text_rows(text_jsonl, n_text)
@@ -216,11 +212,7 @@ if rank == 0:
           'parameters')
 
 if rank == 0:
-    codecs = UTI.build(llm, image_codec, audio_codec, **({
-        'clip_seconds': space.audio['samples'] / space.audio['sample_rate'], 'audio_prefix': audio_prefix,
-        'audio_codebooks': space.audio['codebooks']} if space.audio else {}), **({
-            'image_prefix': image_prefix, 'image_size': space.image['size']} if space.image else {}), device=device)
-    space.require(codecs.space, 'what image_codec and audio_codec name')
+    codecs = UTI.of_space(space, shards_dir, llm, image_codec, audio_codec, image_prefix, audio_prefix, device)
 
 # optimizer: a learning rate for the rows and one for the rest; matrices decay, vectors do not
 optimizer = torch.optim.AdamW(

@@ -263,6 +263,19 @@ class UTI:
         space = TokenSpace(base, image and image.describe(), audio and audio.describe())
         return cls(space, tokenizer, image, audio)
 
+    @classmethod
+    def of_space(cls, space, where, llm, image_codec='', audio_codec='', image_prefix='', audio_prefix='',
+                 device='cpu'):
+        """The UTI that a token space was made for, which is stored at `where`; its sizes are the space's. Exits, naming
+        the first field that differs, when base model or codecs are not those of the space."""
+        sizes = {'image_prefix': image_prefix, 'image_size': space.image['size']} if space.image else {}
+        if space.audio:
+            sizes.update(clip_seconds=space.audio['samples'] / space.audio['sample_rate'], audio_prefix=audio_prefix,
+                         audio_codebooks=space.audio['codebooks'])
+        built = cls.build(llm, image_codec, audio_codec, **sizes, device=device)
+        built.space.require(space, where)
+        return built
+
     def encode_text(self, text):
         """str -> [id]. Markers typed in it stay plain text."""
         ids = self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)

@@ -23,8 +23,8 @@ N, ROUNDS = 64, 7
 
 s = configure(settings_of('build_b2.py'), sys.argv[1:])
 space, ledger = TokenSpace.load(Path(s['audit_dir']) / 'token_space.json'), Ledger('bad.jsonl', 0, active=False)
-uti = UTI.build(s['llm'], s['image_codec'], s['audio_codec'], space.audio['samples'] / space.audio['sample_rate'],
-                s['image_prefix'], space.image['size'], s['audio_prefix'], space.audio['codebooks'])
+uti = UTI.of_space(space, s['audit_dir'], s['llm'], s['image_codec'], s['audio_codec'], s['image_prefix'],
+                   s['audio_prefix'])
 images = [item.image for item in read_llava(s['data_json'], s['image_root'], ledger, True)]
 sounds = list(dict.fromkeys(pair.path for pair in read_manifest(s['manifests'][0], ledger)))
 media = {'image': [read_image(path, space.image['size']) for path in images[:N]],

@@ -34,6 +34,8 @@ class StubUTI:
     def build(cls, llm, image_codec='', audio_codec='', **sizes):
         return cls(uti.TokenSpace(BASE, IMAGE, AUDIO), AutoTokenizer.from_pretrained(llm))
 
+    of_space = classmethod(uti.UTI.of_space.__func__)
+
     def encode_text(self, text):
         return self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
 
