@@ -9,12 +9,14 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from filelock import FileLock, Timeout
+from safetensors import SafetensorError
 
 # -----------------------------------------------------------------------------
 # ranks: three functions and one convention. `if rank == 0` guards files and prints, never a collective
@@ -103,10 +105,12 @@ def sha256_file(path):
     return digest.hexdigest()
 
 
-def sha256_tensors(named):
-    """One sha256 over (name, tensor) pairs: any change of a name, shape, dtype or bit changes it."""
+def sha256_tensors(named, dtype=None):
+    """One sha256 over (name, tensor) pairs: any change of a name, shape, dtype or bit changes it. dtype: as if they
+    were of this one."""
     digest = hashlib.sha256()
     for name, tensor in sorted(named, key=lambda pair: pair[0]):
+        tensor = tensor if dtype is None else tensor.to(dtype)
         digest.update(f'{name} {tuple(tensor.shape)} {tensor.dtype}'.encode())
         digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
@@ -128,6 +132,37 @@ def write_atomic(path, content):
         f.flush()
         os.fsync(f.fileno())
     os.replace(beside, path)
+
+
+def require_vacant(folder):
+    """Exit with one line when `folder` is anything but absent or empty."""
+    folder = Path(folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise SystemExit(f'{folder} is there already and not empty: name another folder')
+
+
+@contextmanager
+def whole_folder(folder):
+    """A folder beside `folder` to write in, which becomes `folder` when the block has ended well, every file flushed to
+    disk and readable for others; else nothing is left. Exits with one line when `folder` is not vacant."""
+    require_vacant(folder)
+    folder = Path(folder)
+    beside = folder.with_name(folder.name + '.tmp')
+    try:
+        shutil.rmtree(beside, ignore_errors=True)
+        beside.mkdir(parents=True)
+        yield beside
+        for path in (p for p in beside.rglob('*') if p.is_file()):
+            path.chmod(0o644)                          # safetensors writes 0600
+            with open(path, 'rb') as f:
+                os.fsync(f.fileno())
+        sync_folder(beside)
+        os.replace(beside, folder)
+        sync_folder(folder.parent)
+    except (OSError, SafetensorError) as e:
+        raise SystemExit(f'{folder}: cannot write here, is the disk full? ({str(e).splitlines()[0]})')
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
 
 
 def save_checkpoint(folder, tensors, meta):

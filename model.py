@@ -10,6 +10,7 @@ each row. Only attention needs rows apart; there, and only there, they are laid 
 import hashlib
 import json
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -26,8 +27,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from transformers.utils import cached_file, logging
 
-from common import all_gather, all_sum, sha256_tensors, write_atomic
-from data import BadSample
+from common import all_gather, all_sum, frozen_dtype, sha256_file, sha256_tensors, write_atomic
+from data import BadSample, Item, Template, read_image
 
 # -----------------------------------------------------------------------------
 # loading what stays frozen
@@ -459,3 +460,76 @@ def complete_rows(vlm, load, prompts, batch_size, max_new_tokens, stop_ids, rank
     vlm.train()
     done = {i: ids for part in all_gather(done) for i, ids in part.items()}
     return [done[i] for i in range(len(prompts))]
+
+
+# -----------------------------------------------------------------------------
+# a trained model in use, here or after it has left
+
+
+class Speaker:
+    """A VLM and what stands between a picture file and words: `speaker.say(speaker.see('picture.png'))`."""
+    def __init__(self, vlm, llm, vision, max_seq_len):
+        self.vlm, self.tokenizer, prepare = vlm.eval(), load_tokenizer(llm), image_settings(vision)
+        self.template = Template(self.tokenizer, len(vlm.connector.latents), max_seq_len)
+        self.read = partial(read_image, size=prepare['size'], resample=prepare['resample'])
+
+    @torch.no_grad()
+    def see(self, file):
+        """Picture file -> image tokens (1, N, D)."""
+        return self.vlm.image_tokens(torch.from_numpy(self.read(file))[None].to(self.vlm.llm.device))
+
+    @torch.no_grad()
+    def say(self, tokens, turns=None, max_new_tokens=128, temperature=0.0, top_p=1.0, seed=0):
+        """The model's text about image tokens. turns: [(question, answer), ..., (question, None)] for a model of stage
+        A2; None for a caption of stage A1."""
+        item = Item('said', 'image', tuple(turns or (('', ''),)))
+        row = self.template.chat(item) if turns else self.template.caption(item)
+        if row.truncated:
+            raise SystemExit(f'the chat is longer than max_seq_len = {self.template.max_seq_len}: start a new one')
+        device = self.vlm.llm.device
+        ids = torch.as_tensor(row.ids if turns else row.ids[:row.labelled[0]], dtype=torch.long, device=device)
+        places = row.image_at + torch.arange(self.template.n, device=device)
+        with self.vlm.precision():
+            out = generate(self.vlm.llm, [self.vlm.embed(ids, places, tokens)], max_new_tokens, [self.template.end],
+                           temperature, top_p, [seed])
+        return self.tokenizer.decode(out[0], skip_special_tokens=True).strip()
+
+
+def require_frozen(named, sha256, where):
+    """The dtype, by its name, in which frozen weights that are loaded as they are stored have this sha256: the one they
+    had in training. Exits when in none."""
+    named = list(named)
+    for name in 'bfloat16', 'float32':
+        if sha256_tensors(named, getattr(torch, name)) == sha256:
+            return name
+    raise SystemExit(f'{where} was trained on other frozen weights than those of its base models today: restore them, '
+                     'or say where they are')
+
+
+def load_exported(folder, llm='', vision='', device='cpu'):
+    """The Speaker of a Track A run that has left: a folder that `python sample.py RUN --export FOLDER` wrote.
+
+    llm, vision: where the two base models are, if not where its config.json says. Exits with one line when a file is
+    damaged or a base model is not the one that was trained with.
+    """
+    from peft import PeftModel
+    from safetensors.torch import load_file
+    folder = Path(folder)
+    try:
+        said = json.loads((folder / 'config.json').read_text())
+        model, files = {**said['model']}, said['files']
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise SystemExit(f'{folder}: no exported run of Track A here ({e}); sample.py writes one with --export')
+    for name, sha256 in files.items():
+        if not (folder / name).is_file() or sha256_file(folder / name) != sha256:
+            raise SystemExit(f'{folder}/{name} is not the file that config.json describes: export the run again')
+    model.update({name: where for name, where in (('llm', llm), ('vision', vision)) if where})
+    vlm = load_vlm(**model, dtype='auto')
+    frozen = [(n, p) for n, p in vlm.named_parameters() if not p.requires_grad]
+    require_frozen(frozen, said['frozen_sha256'], folder)
+    for _, p in frozen:                                # and not the model: rotary frequencies stay in float32
+        p.data = p.data.to(frozen_dtype('auto', torch.device(device)))
+    vlm.connector.load_state_dict(load_file(folder / 'connector.safetensors'))
+    if said['stage'] == 'a2':
+        PeftModel.from_pretrained(vlm.llm, folder)     # puts LoRA into the language model in its place
+    return Speaker(vlm.to(device), model['llm'], model['vision'], said['max_seq_len'])

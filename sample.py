@@ -1,9 +1,10 @@
 """
 Use a checkpoint: caption pictures with an A1 run, ask about them or chat with an A2 run; with a B3 or B4 run describe
-pictures and sounds, draw, and make sounds.
+pictures and sounds, draw, and make sounds. Or let it leave: a folder that others load, with a card, by --export.
 
 reads   a run's out dir (its ckpt/ names the base models and codecs), pictures and sounds
-writes  what it draws and sounds, in the folder --to; one line for each answer, or one JSON object a line with --json
+writes  what it draws and sounds, in the folder --to; one line for each answer, or one JSON object a line with --json;
+        with --export that folder alone, whole or not at all
 done    when everything has its answer; exits 1 at the first file that cannot be read
 
 $ python sample.py out/a1_small --image data/small/captions/images/000000.png
@@ -12,23 +13,24 @@ $ python sample.py out/a2_small --image data/small/instruct/images/000000.png   
 $ python sample.py out/b4_small --draw "a red circle above a blue square" --n 4 --guidance 2
 $ python sample.py out/b4_small --sound "two high bright tones, rising, fading"
 $ python sample.py out/b4_small --image data/small/captions/images/000000.png --audio data/small/sounds/audio/000000.wav
+$ python sample.py out/b4_small --export out/b4_small_qwen3        # a stock Qwen3: transformers alone loads it
+$ python sample.py out/a2_small --export out/a2_small_graft        # adapter and connector: model.load_exported
 """
 import argparse
 import json
 import sys
-from functools import partial
 from pathlib import Path
 
 import soundfile
-import torch
 from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
 from PIL import Image
 
-from common import frozen_dtype, init_ranks, load_checkpoint
-from data import Item, Template, read_audio, read_image
-from model import generate, image_settings, load_tokenizer, load_vlm
+from common import frozen_dtype, init_ranks, load_checkpoint, require_vacant
+from data import read_audio, read_image
+from export import export_graft, export_tokens
+from model import Speaker, load_tokenizer, load_vlm, require_frozen
 from tokens import load_token_lm, read_text, write_codes
-from uti import UTI, Grammar, TokenSpace
+from uti import UTI, Grammar, TokenSpace, tokenizer_sha256
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument('run', help='out dir of train_a1.py, train_a2.py, train_b3.py or train_b4.py')
@@ -40,6 +42,7 @@ parser.add_argument('--n', type=int, default=1, help='of each picture or sound, 
 parser.add_argument('--guidance', type=float, help='above 1 a text to draw or to sound counts more (B3, B4)')
 parser.add_argument('--to', default='out/samples', metavar='FOLDER', help='where pictures and sounds go')
 parser.add_argument('--prompt', help='what to ask (A2); without it: a chat on a terminal, else a description')
+parser.add_argument('--export', metavar='FOLDER', help='write the run as a model that others load, and nothing else')
 parser.add_argument('--json', action='store_true', help='one JSON object a line')
 parser.add_argument('--max_new_tokens', type=int, default=128)
 parser.add_argument('--temperature', type=float, help='0 is greedy, as texts are without it; what is drawn and '
@@ -55,11 +58,15 @@ args = parser.parse_args()
 if args.max_new_tokens < 1 or (args.temperature or 0) < 0 or not 0 < args.top_p <= 1 or args.n < 1:
     parser.error('wanted --max_new_tokens and --n of at least 1, --temperature of at least 0, --top_p above 0 and up '
                  'to 1')
-if not (args.image or args.audio or args.draw or args.sound):
-    parser.error('wanted --image, --audio, --draw or --sound')
+if bool(args.image or args.audio or args.draw or args.sound) == bool(args.export):
+    parser.error('wanted --image, --audio, --draw or --sound, or --export alone')
+
+if args.export:
+    require_vacant(args.export)
 
 # the model, as its checkpoint describes it
-_, _, device = init_ranks(args.device)
+_, _, device = init_ranks('cpu' if args.export else args.device)
+dtype = 'auto' if args.export else frozen_dtype('auto', device)   # what leaves has the precision of its base
 tensors, meta, _ = load_checkpoint(Path(args.run) / 'ckpt', device)
 stage, settings = meta.get('stage'), meta['settings']
 if stage not in ('a1', 'a2', 'b3', 'b4'):
@@ -80,22 +87,34 @@ if stage in ('b3', 'b4'):
     model, space = meta['model'], TokenSpace(*(meta['token_space'][name] for name in ('base', 'image', 'audio')))
     model['llm'] = args.llm or model['llm']
     grammar = Grammar(space)
-    named = {f'{kind}_codec': getattr(args, f'{kind}_codec') or settings[f'{kind}_codec'] for kind in ('image', 'audio')
-             if getattr(space, kind)}
-    for name, where in named.items():
-        if not where:
-            raise SystemExit(f'{args.run} was trained without its codecs: say with --{name} where this one is')
-    image_prefix, audio_prefix = (settings.get(f'{kind}_prefix', '') for kind in ('image', 'audio'))
-    codecs = UTI.of_space(space, args.run, model['llm'], **named, image_prefix=image_prefix, audio_prefix=audio_prefix)
-    lm = load_token_lm(**model, space=space, dtype=frozen_dtype('auto', device), device=device)
+    if not args.export:
+        named = {f'{kind}_codec': getattr(args, f'{kind}_codec') or settings[f'{kind}_codec']
+                 for kind in ('image', 'audio') if getattr(space, kind)}
+        for name, where in named.items():
+            if not where:
+                raise SystemExit(f'{args.run} was trained without its codecs: say with --{name} where this one is')
+        prefixes = {f'{kind}_prefix': settings.get(f'{kind}_prefix', '') for kind in ('image', 'audio')}
+        codecs = UTI.of_space(space, args.run, model['llm'], **named, **prefixes)
+    lm = load_token_lm(**model, space=space, dtype=dtype, device=device)
     lm.load_rows(tensors['rows'], args.run)
+    frozen, adapter = [(name, p) for name, p in lm.named_parameters() if not p.requires_grad], None
     if stage == 'b4' and not settings['full_tune']:
-        set_peft_model_state_dict(adapted(lm.llm), tensors['tuned'])
+        adapter = adapted(lm.llm)
+        set_peft_model_state_dict(adapter, tensors['tuned'])
     elif stage == 'b4':
+        frozen = [(name, p) for name, p in frozen if name not in tensors['tuned']]
         lm.llm.model.layers.float(), lm.llm.model.norm.float()
         missing = lm.load_state_dict(tensors['tuned'], strict=False).missing_keys
         assert not {name for name in missing if name.startswith('llm.model.layers.')}
     lm.eval()
+    if args.export:
+        tokenizer = load_tokenizer(model['llm'])
+        if tokenizer_sha256(tokenizer) != space.base['tokenizer_sha256']:
+            raise SystemExit(f'{model["llm"]} has another tokenizer than {args.run} was made with: restore it')
+        require_frozen(frozen, meta['frozen_sha256'], args.run)
+        verdict = export_tokens(lm, adapter, tokenizer, args.export, args.run, meta)
+        print(f'{args.export}: {verdict}; see README.md in it')
+        sys.exit(0)
     seeds = list(range(args.seed, args.seed + args.n))
 
     def answer(where, said, **more):
@@ -139,42 +158,29 @@ chats, model = stage == 'a2', meta['model']
 if args.prompt and not chats:
     raise SystemExit(f'{args.run} is an A1 run, which captions and takes no --prompt; use an A2 run to ask')
 model.update({k: v for k, v in (('llm', args.llm), ('vision', args.vision)) if v})
-vlm = load_vlm(**model, dtype=frozen_dtype('auto', device), device=device)
+vlm, adapter = load_vlm(**model, dtype=dtype, device=device), None
+frozen = [(name, p) for name, p in vlm.named_parameters() if not p.requires_grad]
 vlm.connector.load_state_dict(tensors['connector'])
 if chats:
-    set_peft_model_state_dict(adapted(vlm.llm), tensors['lora'])
-vlm.eval()
-tokenizer = load_tokenizer(model['llm'])
-template = Template(tokenizer, model['shape']['num_image_tokens'], settings['max_seq_len'])
-prepare = image_settings(model['vision'])
-read = partial(read_image, size=prepare['size'], resample=prepare['resample'])
+    adapter = adapted(vlm.llm)
+    set_peft_model_state_dict(adapter, tensors['lora'])
+if args.export:
+    frozen_as = require_frozen(frozen, meta['frozen_sha256'], args.run)
+    verdict = export_graft(vlm, adapter, args.export, args.run, meta, frozen_as)
+    print(f'{args.export}: {verdict}; see README.md in it')
+    sys.exit(0)
+speaker = Speaker(vlm, model['llm'], model['vision'], settings['max_seq_len'])
 
 
-@torch.no_grad()
-def see(image):
-    """Picture file -> image tokens (1, N, D)."""
-    return vlm.image_tokens(torch.from_numpy(read(image))[None].to(device))
-
-
-@torch.no_grad()
 def reply(turns, tokens):
     """The model's text after `turns`, [(question, answer), ..., (question, None)]; turns = None captions."""
-    item = Item('sample', 'image', tuple(turns or (('', ''),)))
-    row = template.chat(item) if turns else template.caption(item)
-    if row.truncated:
-        raise SystemExit(f'the chat is longer than max_seq_len = {template.max_seq_len}: start a new one')
-    ids = torch.as_tensor(row.ids if turns else row.ids[:row.labelled[0]], dtype=torch.long, device=device)
-    places = row.image_at + torch.arange(template.n, device=device)
-    with vlm.precision():
-        out = generate(vlm.llm, [vlm.embed(ids, places, tokens)], args.max_new_tokens, [template.end],
-                       args.temperature, args.top_p, [args.seed])
-    return tokenizer.decode(out[0], skip_special_tokens=True).strip()
+    return speaker.say(tokens, turns, args.max_new_tokens, args.temperature, args.top_p, args.seed)
 
 
 if chats and args.prompt is None and sys.stdin.isatty() and not args.json:
     if len(args.image) > 1:
         raise SystemExit(f'a chat is about one picture, found {len(args.image)}; give one, or a --prompt')
-    tokens, turns = see(args.image[0]), []
+    tokens, turns = speaker.see(args.image[0]), []
     print(f'{args.image[0]}: ask about it; an empty line ends the chat')
     try:
         while question := input('> ').strip():
@@ -186,5 +192,5 @@ if chats and args.prompt is None and sys.stdin.isatty() and not args.json:
 else:
     prompt = (args.prompt or 'Describe this image.') if chats else None
     for image in args.image:
-        text = reply([(prompt, None)] if chats else None, see(image))
+        text = reply([(prompt, None)] if chats else None, speaker.see(image))
         print(json.dumps({'image': image, 'prompt': prompt, 'text': text}) if args.json else f'{image}: {text}')

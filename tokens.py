@@ -24,7 +24,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import AddedToken, AutoModelForCausalLM
+from transformers import AddedToken, AutoModelForCausalLM, GenerationConfig
 from transformers.cache_utils import DynamicCache
 
 from common import all_gather, write_atomic
@@ -308,7 +308,8 @@ def whole_matrix(base, rows):
 @torch.no_grad()
 def export(lm, tokenizer, folder):
     """A Hugging Face folder that AutoModelForCausalLM loads as it is, with these logits over every id: vocab_size is
-    the whole token space's, embedding and head are matrices of their own. The tokenizer beside it spells every new id.
+    the whole token space's, embedding and head are matrices of their own. The tokenizer beside it spells every new id;
+    generation is greedy unless asked otherwise, and ends where a text or a payload ends.
     """
     folder, config = Path(folder), copy.deepcopy(lm.llm.config)
     config.vocab_size, config.tie_word_embeddings = lm.space.total, False
@@ -319,6 +320,9 @@ def export(lm, tokenizer, folder):
     with torch.device('meta'):
         stock = AutoModelForCausalLM.from_config(config, dtype=lm.llm.dtype)
     stock.load_state_dict(weights, assign=True)        # refuses a missing or an unknown weight
+    ends = [lm.space.text_end, lm.space.special['<|img_end|>'], lm.space.special['<|aud_end|>']]
+    pad = lm.space.text_end if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    stock.generation_config = GenerationConfig(do_sample=False, eos_token_id=ends, pad_token_id=pad)
     beside = folder.with_name(folder.name + '.tmp')
     shutil.rmtree(beside, ignore_errors=True)
     stock.save_pretrained(beside)
