@@ -42,8 +42,8 @@ def test_every_config_is_accepted_by_its_script(path, monkeypatch):
 
 
 def commands():
-    """Every `$ ` line of the README, the docstrings and the configs, with the file that it is in."""
-    for path in [REPO / 'README.md', *sorted(REPO.glob('*.py')), *CONFIGS]:
+    """Every `$ ` line of the README, the pages, the docstrings and the configs, with the file that it is in."""
+    for path in [REPO / 'README.md', *sorted((REPO / 'docs').glob('*.md')), *sorted(REPO.glob('*.py')), *CONFIGS]:
         for line in path.read_text().splitlines():
             match = re.match(r'\s*(?:# )?\$ (.+)', line)
             if match:
@@ -61,11 +61,12 @@ def test_every_command_that_is_shown_parses(where, command):
     if words[0] not in ('python', 'torchrun'):
         assert words[0] in ('git', 'cd', 'python3', 'source', 'pip', '.venv/bin/pip', 'tar', 'unzip'), command
         return
-    script = next(w for w in words if w.endswith('.py'))
-    assert (REPO / script).exists()
+    script, page = next(w for w in words if w.endswith('.py')), REPO / 'docs' / where
+    written = re.findall(r'^`([\w./]+)`:$', page.read_text(), re.MULTILINE) if page.exists() else []   # by its reader
+    assert (REPO / script).exists() or script in written
     for word in words[words.index(script) + 1:]:
         if word.endswith('.py'):
-            assert (REPO / word).exists() or word.startswith('out/'), word
+            assert (REPO / word).exists() or word.startswith('out/') or word in written, word
         elif script != 'sample.py' and (match := re.match(r'--(\w+)=', word)):
             own = ('parts', 'score', 'bar', 'bar_written', 'points_lost') if script == 'make_small.py' else ()
             assert match[1] in settings_of(script) or match[1] in own
