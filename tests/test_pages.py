@@ -3,6 +3,7 @@ import json
 import os
 import re
 import shlex
+import socket
 import subprocess
 import sys
 
@@ -11,8 +12,9 @@ import pytest
 import soundfile
 import test_codec
 import torch
-from conftest import REPO
+from conftest import REPO, read_log
 from PIL import Image
+from test_train_a1 import config, straight  # noqa: F401  a tiny A1 run
 
 import data
 
@@ -104,7 +106,7 @@ def test_every_command_of_the_page_on_your_own_data_runs_in_its_order(checkout, 
         assert (out / name).exists(), name
     passed = {g['name'] for stage in ('a1', 'a2', 'b2', 'b3', 'b4')
               for g in json.loads((out / f'mine_{stage}' / 'gates.json').read_text())['gates'] if g['passed']}
-    assert passed >= {'samples without a label', 'frozen weights changed (sha256)', 'ids in two splits, or twice in one'}
+    assert passed >= {'frozen weights changed (sha256)', 'media in two splits, or twice in one'}
     done = run_shown('python build_b2.py configs/mine_b2.py', checkout, tiny, '--out_dir=out/two', '--eval_share=0.0')
     assert done.returncode == 1 and FAILS[-1] in done.stderr
 
@@ -187,3 +189,31 @@ def test_what_fails_says_what_the_page_says(said, tmp_path):
     with pytest.raises(SystemExit) as e:
         PROVOKE[said](tmp_path)
     assert said in str(e.value) and '\n' not in str(e.value)
+
+
+# -----------------------------------------------------------------------------
+# docs/bigger.md
+
+
+def test_several_machines_are_one_run_by_the_command_of_the_page(config, straight, tmp_path):  # noqa: F811
+    """Two torchruns that meet on this machine, one process each: the losses of the run in one process."""
+    page = (REPO / 'docs' / 'bigger.md').read_text()
+    command = next(line for line in shown(page) if '--nnodes' in line)
+    with socket.socket() as s:
+        s.bind(('localhost', 0))
+        port = s.getsockname()[1]
+    for had, now in (('--nnodes=4', '--nnodes=2'), ('--nproc_per_node=8', '--nproc_per_node=1'),
+                     ('node0:29500', f'localhost:{port}'), ('configs/a1_qwen3_8b.py', str(config))):
+        assert had in command
+        command = command.replace(had, now)
+    words = [sys.executable, '-m', 'torch.distributed.run', *shlex.split(command)[1:], '--batch_size=4',
+             f'--out_dir={tmp_path}/out']
+    env = {**os.environ, 'OMP_NUM_THREADS': '1', 'CUDA_VISIBLE_DEVICES': ''}
+    nodes = [subprocess.Popen(words, cwd=REPO, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+             for _ in range(2)]
+    said = [node.communicate(timeout=300)[1] for node in nodes]
+    assert (tmp_path / 'out' / 'gates.json').exists(), said
+    assert read_log(tmp_path / 'out', 'run')[0]['world_size'] == 2
+    for key in 'loss', 'grad_norm':
+        np.testing.assert_allclose([r[key] for r in read_log(tmp_path / 'out')],
+                                   [r[key] for r in read_log(straight[0])], rtol=1e-4)

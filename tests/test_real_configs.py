@@ -8,17 +8,15 @@ from transformers import Qwen3Config, Qwen3ForCausalLM, SiglipVisionConfig, Sigl
 
 from configure import configure
 from data import Item, Record, Row, collate, token_row
+from memory import KNOWN
 from model import VLM, Connector, Tower
 from tokens import TokenLM
 from uti import Grammar, TokenSpace
 
-SO400M = {'hidden_size': 1152, 'intermediate_size': 4304, 'num_hidden_layers': 27, 'num_attention_heads': 16,
-          'image_size': 384, 'patch_size': 14}
-QWEN3 = {  # as published; the text rows are 151,936 in both
-    '8b': ({'hidden_size': 4096, 'intermediate_size': 12288, 'num_hidden_layers': 36, 'num_attention_heads': 32,
-            'num_key_value_heads': 8, 'head_dim': 128, 'tie_word_embeddings': False}, 8_190_735_360, 82_444_800),
-    '0.6b': ({'hidden_size': 1024, 'intermediate_size': 3072, 'num_hidden_layers': 28, 'num_attention_heads': 16,
-              'num_key_value_heads': 8, 'head_dim': 128, 'tie_word_embeddings': True}, 596_049_920, 13_223_424)}
+SO400M = KNOWN['google/siglip2-so400m-patch14-384']
+QWEN3 = {  # parameters as published, and of the connector
+    '8b': (KNOWN['Qwen/Qwen3-8B'], 8_190_735_360, 82_444_800),
+    '0.6b': (KNOWN['Qwen/Qwen3-0.6B'], 596_049_920, 13_223_424)}
 
 
 REAL_SPACE = TokenSpace({'name': '', 'text_rows': 151_936, 'tokenizer_sha256': '', 'end_of_text': 151_645},
@@ -32,7 +30,7 @@ def test_a1_has_the_real_sizes_and_takes_a_full_row(size):
     s = configure(settings_of('train_a1.py'), [str(REPO / f'configs/a1_qwen3_{size}.py')])
     assert (s['num_image_tokens'], s['max_seq_len']) == (64, 512) and s['llm'].lower() == f'qwen/qwen3-{size}'
     with torch.device('meta'):
-        llm = Qwen3ForCausalLM(Qwen3Config(vocab_size=151_936, **shape)).requires_grad_(False)
+        llm = Qwen3ForCausalLM(Qwen3Config(**shape)).requires_grad_(False)
         llm.set_attn_implementation('rows')
         tower = Tower(SiglipVisionModel(SiglipVisionConfig(**SO400M)), s['tower_layer'])
         connector = Connector(tower.width, tower.side, shape['hidden_size'], s['num_image_tokens'],
@@ -55,7 +53,7 @@ def test_a2_adds_the_lora_that_its_formula_says(size):
     shape, _, _ = QWEN3[size]
     s = configure(settings_of('train_a2.py'), [str(REPO / f'configs/a2_qwen3_{size}.py')])
     with torch.device('meta'):
-        llm = Qwen3ForCausalLM(Qwen3Config(vocab_size=151_936, **shape))
+        llm = Qwen3ForCausalLM(Qwen3Config(**shape))
         get_peft_model(llm, LoraConfig(r=s['lora_r'], lora_alpha=s['lora_alpha'], target_modules=s['lora_targets']))
     d, heads, kv = shape['hidden_size'], shape['num_attention_heads'] * 128, shape['num_key_value_heads'] * 128
     each = (d + heads) + 2 * (d + kv) + (heads + d) + 3 * (d + shape['intermediate_size'])   # q, k v, o, gate up down
@@ -69,7 +67,7 @@ def test_b3_trains_the_new_rows_twice_and_takes_documents_of_real_length(size):
     shape, llm_parameters, _ = QWEN3[size]
     s = configure(settings_of('train_b3.py'), [str(REPO / f'configs/b3_qwen3_{size}.py')])
     with torch.device('meta'):
-        llm = Qwen3ForCausalLM(Qwen3Config(vocab_size=151_936, **shape)).requires_grad_(False)
+        llm = Qwen3ForCausalLM(Qwen3Config(**shape)).requires_grad_(False)
         llm.set_attn_implementation('rows')
         lm = TokenLM(llm, REAL_SPACE, s['typed_head'], s['rows_noise'])
     trained = [p for p in lm.parameters() if p.requires_grad]
@@ -90,7 +88,7 @@ def test_b4_adds_the_lora_that_its_formula_says_to_the_rows_of_b3(size):
     shape, _, _ = QWEN3[size]
     s = configure(settings_of('train_b4.py'), [str(REPO / f'configs/b4_qwen3_{size}.py')])
     with torch.device('meta'):
-        llm = Qwen3ForCausalLM(Qwen3Config(vocab_size=151_936, **shape)).requires_grad_(False)
+        llm = Qwen3ForCausalLM(Qwen3Config(**shape)).requires_grad_(False)
         llm.set_attn_implementation('rows')
         lm = TokenLM(llm, REAL_SPACE)
         get_peft_model(lm.llm, LoraConfig(r=s['lora_r'], lora_alpha=s['lora_alpha'], target_modules=s['lora_targets']))
