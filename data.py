@@ -702,7 +702,7 @@ class Batch:
 
 
 def lay_out(lengths, together=16):
-    """[(places, slots)] for every `together` rows that lie end to end in T tokens: places (B, L) in T, short rows filled
+    """[(places, slots)] for every `together` rows end to end in T tokens: places (B, L) in T, short rows filled
     up with place 0; slots (T,) in B * L. Rows come in the order of their lengths, so that little is filled up."""
     groups = []
     for first in range(0, len(lengths), together):
