@@ -685,8 +685,7 @@ class Batch:
     """Rows laid end to end, T tokens, with every place that the step needs found beforehand."""
     input_ids: torch.Tensor            # (T,)
     position_ids: torch.Tensor         # (T,) counted anew in each row
-    rows: torch.Tensor                 # (B, L) places in T; short rows filled up with place 0
-    slots: torch.Tensor                # (T,) places in B * L
+    rows: list                         # how attention lays the rows out, a few at a time: see lay_out
     image_positions: torch.Tensor      # (images * N,)
     label_positions: torch.Tensor      # (M,) the place before each label: the one that predicts it
     labels: torch.Tensor               # (M,)
@@ -698,7 +697,21 @@ class Batch:
 
     def to(self, device):
         moved = {k: v.to(device, non_blocking=True) for k, v in vars(self).items() if isinstance(v, torch.Tensor)}
-        return replace(self, **moved)
+        rows = [tuple(x.to(device, non_blocking=True) for x in group) for group in self.rows]
+        return replace(self, rows=rows, **moved)
+
+
+def lay_out(lengths, together=16):
+    """[(places, slots)] for every `together` rows end to end in T tokens: places (B, L) in T, short rows filled
+    up with place 0; slots (T,) in B * L. Rows come in the order of their lengths, so that little is filled up."""
+    groups = []
+    for first in range(0, len(lengths), together):
+        some = lengths[first:first + together]
+        ends, longest = np.cumsum(some), max(some)
+        within = np.arange(longest) < np.array(some)[:, None]                                   # (B, L)
+        places = np.where(within, np.arange(longest) + (ends - some)[:, None], 0)
+        groups.append((torch.from_numpy(places), torch.from_numpy(np.flatnonzero(within))))
+    return groups
 
 
 def collate(rows, images, num_image_tokens):
@@ -706,10 +719,6 @@ def collate(rows, images, num_image_tokens):
     so that a typed head takes one slice for each."""
     lengths = [len(r) for r in rows]
     starts = np.cumsum([0, *lengths[:-1]])
-    longest = max(lengths)
-    table = np.zeros((len(rows), longest), np.int64)
-    for b, (start, n) in enumerate(zip(starts, lengths)):
-        table[b, :n] = np.arange(start, start + n)
     labelled = [start + r.labelled.astype(np.int64) for start, r in zip(starts, rows)]
     ids = np.concatenate([r.ids for r in rows]).astype(np.int64)
     places, label_ranges = np.concatenate(labelled), []
@@ -723,9 +732,8 @@ def collate(rows, images, num_image_tokens):
     kept = [image for image in images if image is not None]
     as_tensor = torch.from_numpy
     return Batch(
-        input_ids=as_tensor(ids), rows=as_tensor(table),
+        input_ids=as_tensor(ids), rows=lay_out(lengths),
         position_ids=as_tensor(np.concatenate([np.arange(n) for n in lengths])),
-        slots=as_tensor(np.concatenate([b * longest + np.arange(n) for b, n in enumerate(lengths)])),
         image_positions=as_tensor(np.concatenate(
             [start + r.image_at + np.arange(num_image_tokens) for start, r in with_image] or [np.zeros(0, np.int64)])),
         label_positions=as_tensor(places - 1), labels=as_tensor(ids[places]),

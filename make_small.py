@@ -274,16 +274,25 @@ def optimizer_for(model, learning_rate):
             torch.optim.AdamW(rest, lr=learning_rate, weight_decay=0.0, betas=(0.9, 0.98))]
 
 
+def half_dtype():
+    """'bfloat16' where this machine's processor multiplies it, four times as fast as float32; else 'float32'."""
+    import torch
+    has = torch.cpu.get_capabilities()
+    return 'bfloat16' if has.get('avx512_bf16') or has.get('amx_bf16') else 'float32'
+
+
 def descend(model, loss_of_step, n_steps, learning_rate, title):
     """n_steps of training with a short warm-up and a linear way down. loss_of_step(step) -> scalar loss."""
     import torch
+    half = half_dtype() == 'bfloat16'
     optimizers = optimizer_for(model, learning_rate)
     bar = tqdm(range(n_steps), title, disable=None)
     for step in bar:
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group['lr'] = learning_rate * min((step + 1) / 20, (n_steps - step) / (0.5 * n_steps), 1)
-        loss = loss_of_step(step)
+        with torch.autocast('cpu', torch.bfloat16, enabled=half):
+            loss = loss_of_step(step)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in optimizers:
@@ -355,7 +364,8 @@ def make_llm(folder, text_folder, batch=64, learning_rate=8e-3):
         return model(batch) / batch.n_labels
 
     rows = documents(train)
-    descend(llm, lambda step: loss_of(rows[step * batch:(step + 1) * batch]), len(rows) // batch, learning_rate, 'llm')
+    descend(llm, lambda step: loss_of(sorted(rows[step * batch:(step + 1) * batch], key=len)), len(rows) // batch,
+            learning_rate, 'llm')
     with torch.no_grad():
         loss = loss_of(documents(held_out)).item()
         looked_up = {'pairs': loss_of(lookups(pairs)).item(),

@@ -1,6 +1,6 @@
 """
 The small world's codecs, made in seconds. The picture codec is a codebook of patches. The sound codec is an EnCodec,
-not trained but worked out: its convolutions are set so that it is a linear transform, frames of 500 samples times the
+not trained but worked out: its convolutions are set so that it is a linear transform, frames of 800 samples times the
 principal components of the small world's sounds, and its codebooks are k-means of what comes out.
 """
 import json
@@ -36,9 +36,9 @@ def k_means(x, n, generator, rounds=12):
 # pictures
 
 
-def make_image_codec(folder, n_pictures=2500, n_codes=1024, n_flat=64, size=32, patch=4, n_tested=256):
-    """A codebook of patches. Most patches show plain background: k-means would spend its codes on their tints, so they
-    get their own few."""
+def make_image_codec(folder, n_pictures=4000, n_codes=1024, n_flat=16, size=32, patch=8, n_tested=256):
+    """A codebook of patches, four to an object: with patches of 4 a picture has 64 codes that say no more. Nearly half
+    of the patches show plain background: k-means would spend its codes on their tints, so they get their own few."""
     rng, generator = np.random.default_rng(106), torch.Generator().manual_seed(106)
 
     def picture(scene):
@@ -71,14 +71,14 @@ def report(folder, name, measured, found, truth):
 
 @torch.no_grad()
 def become_linear(model, components, wave_offset=2.0, code_offset=25.0):
-    """Set an EnCodec's weights so that it multiplies frames of 500 samples by components (d, 500), and back.
+    """Set an EnCodec's weights so that it multiplies frames of 5 n samples by components (d, 5 n), and back.
 
     An ELU lets through what is positive, so everything travels with an offset that the next layer takes away.
-    Residual blocks and LSTMs add nothing. The strides, 5 and 100, first lay 5 samples side by side, then take the
+    Residual blocks and LSTMs add nothing. The strides, 5 and n, first lay 5 samples side by side, then take the
     products. Every filter gets a grain of noise: weight norm divides by a filter's length.
     """
-    d, encoder, decoder = len(components), model.encoder.layers, model.decoder.layers
-    by_phase = components.view(d, 100, 5).transpose(1, 2)                      # (d, 5, 100)
+    (d, size), encoder, decoder = components.shape, model.encoder.layers, model.decoder.layers
+    by_phase, first = components.view(d, size // 5, 5).transpose(1, 2), size // 10     # (d, 5, n); filters are 2 n
 
     def put(layer, weight, bias=0.0):
         layer.conv.weight = weight + 1e-7 * torch.randn_like(weight)
@@ -113,30 +113,30 @@ def become_linear(model, components, wave_offset=2.0, code_offset=25.0):
     put(encoder[3], like(encoder[3], *lay_out))
     bias = torch.full_like(encoder[6].conv.bias, code_offset)
     bias[:d] -= wave_offset * components.sum(1)
-    put(encoder[6], like(encoder[6], (slice(d), slice(5), 50, by_phase)), bias)
+    put(encoder[6], like(encoder[6], (slice(d), slice(5), first, by_phase)), bias)
     through(encoder[9], 3, bias=-code_offset)
     # channel d of the decoder is the offset alone: it takes the offset of the others away, at each place its own
     through(decoder[0], 3, bias=code_offset)
-    put(decoder[3], like(decoder[3], (slice(d), slice(5), 50, by_phase), (d, slice(5), 50, -by_phase.sum(0))),
+    put(decoder[3], like(decoder[3], (slice(d), slice(5), first, by_phase), (d, slice(5), first, -by_phase.sum(0))),
         wave_offset)
     put(decoder[6], like(decoder[6], *lay_out))
     through(decoder[9], 3, 1, -wave_offset)
 
 
 @torch.no_grad()
-def make_audio_codec(folder, n_clips=2000, n_codes=512, n_codebooks=2, filters=20, n_tested=256):
-    """An EnCodec of 32 frames a second and two codebooks: 64 codes a clip."""
+def make_audio_codec(folder, n_clips=2000, n_codes=512, n_codebooks=2, frame=800, filters=20, n_tested=256):
+    """An EnCodec of 20 frames a second and two codebooks: 40 codes a clip."""
     from transformers import EncodecConfig, EncodecModel
     torch.manual_seed(107)
     rng, generator = np.random.default_rng(107), torch.Generator().manual_seed(107)
     clips = np.stack([play(random_sound(rng), rng) for _ in tqdm(range(n_clips), 'audio_codec', disable=None)])
-    frames = torch.from_numpy(clips).view(-1, 500)
+    frames = torch.from_numpy(clips).view(-1, frame)
     some = frames[torch.randperm(len(frames), generator=generator)[:8000]]
     components = torch.linalg.svd(some, full_matrices=False)[2][:4 * filters - 1].contiguous()
 
-    bits = n_codebooks * 32 * (n_codes - 1).bit_length() / 1000                # kbit/s of all codebooks
+    bits = n_codebooks * RATE // frame * (n_codes - 1).bit_length() / 1000                # kbit/s of all codebooks
     model = EncodecModel(EncodecConfig(
-        sampling_rate=RATE, upsampling_ratios=[100, 5], num_filters=filters, hidden_size=len(components),
+        sampling_rate=RATE, upsampling_ratios=[frame // 5, 5], num_filters=filters, hidden_size=len(components),
         codebook_size=n_codes, target_bandwidths=[bits + 0.01], num_lstm_layers=1, use_causal_conv=False,
         pad_mode='constant')).eval()
     become_linear(model, components)

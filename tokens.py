@@ -84,7 +84,7 @@ class TokenLM(nn.Module):
         masks = {'full_attention': None, 'sliding_attention': None}
         return self.llm.model(
             inputs_embeds=self.embed(batch.input_ids)[None], position_ids=batch.position_ids[None],
-            attention_mask=masks, use_cache=False, rows=batch.rows, slots=batch.slots).last_hidden_state[0]
+            attention_mask=masks, use_cache=False, rows=batch.rows).last_hidden_state[0]
 
     def range_logits(self, index, hidden):
         """(M, D) -> (M, size): logits over range number `index` of the space alone."""
@@ -202,7 +202,7 @@ def text_difference(lm, rows, rank=0, world_size=1):
         batch = collate([row], [None], 0).to(lm.llm.device)
         with lm.precision():
             stock = lm.llm(input_ids=batch.input_ids[None], position_ids=batch.position_ids[None],
-                           attention_mask=masks, use_cache=False, rows=batch.rows, slots=batch.slots).logits[0]
+                           attention_mask=masks, use_cache=False, rows=batch.rows).logits[0]
             hidden = lm.hidden(batch)
             ours = lm.range_logits(0, hidden) if lm.typed_head else lm.all_logits(hidden)       # (T, V or V + new)
         ours = ours.float().log_softmax(-1)[:, :lm.space.n_text]

@@ -229,7 +229,7 @@ def chat(scene, rng):
 Sound = namedtuple('Sound', 'timbre pitch contour loudness count')
 
 RATE = 16_000                                          # samples a second; a clip is one second
-TIMBRES = {'pure': (1.0,), 'hollow': (1.0, 0.0, 0.7, 0.0, 0.3), 'bright': (1.0, 0.8, 0.6, 0.4),
+TIMBRES = {'pure': (1.0,), 'hollow': (1.0, 0.0, 1.0, 0.0, 0.5), 'bright': (1.0, 1.0, 0.7, 0.4),
            'rough': (1.0,)}                            # amplitudes of the harmonics; rough is a pure tone that trembles
 PITCHES = {'low': 140, 'middle': 230, 'high': 345}     # Hz in the middle of a tone
 CONTOURS = {'level': 0.0, 'rising': 0.4, 'falling': -0.4}   # natural log of the pitch at the end over that at the start
@@ -244,12 +244,13 @@ def random_sound(rng):
 
 
 def play(sound, rng):
-    """Sound -> float32 (16000,) in [-1, 1]. rng moves the tones in time, by up to 3 % in pitch, and all in volume."""
+    """Sound -> float32 (16000,) in [-1, 1]. rng moves the tones by up to 0.3 % in pitch, and all in volume: more would
+    be spent on phases, which no caption tells."""
     n, t = SOUND_COUNTS.index(sound.count) + 1, np.arange(RATE) / RATE
-    pitch, glide = PITCHES[sound.pitch] * rng.uniform(0.97, 1.03), CONTOURS[sound.contour]
+    pitch, glide = PITCHES[sound.pitch] * rng.uniform(0.997, 1.003), CONTOURS[sound.contour]
     wave = np.zeros(RATE)
     for k in range(n):
-        first, length = (k + TONE_FIRST + rng.uniform(-0.02, 0.02)) / n, TONE_LENGTH / n
+        first, length = (k + TONE_FIRST) / n, TONE_LENGTH / n
         x = np.clip((t - first) / length, 0, 1)        # 0 to 1 within the tone
         # the phase is the integral of pitch * exp(glide * (x - 1/2)) over time
         cycles = x if glide == 0 else (np.exp(glide * (x - 0.5)) - np.exp(-0.5 * glide)) / glide

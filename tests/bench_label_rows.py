@@ -46,8 +46,8 @@ def full_logits(vlm, batch):
     """Every position through the head, everything but the labels masked out: what `labels=` does in most code."""
     embeds = vlm.embed(batch.input_ids, batch.image_positions, vlm.image_tokens(batch.images))
     hidden = vlm.llm.model(inputs_embeds=embeds[None], position_ids=batch.position_ids[None],
-                           attention_mask={'full_attention': None}, use_cache=False, rows=batch.rows,
-                           slots=batch.slots).last_hidden_state[0]
+                           attention_mask={'full_attention': None}, use_cache=False,
+                           rows=batch.rows).last_hidden_state[0]
     targets = torch.full_like(batch.input_ids, -100).index_copy(0, batch.label_positions, batch.labels)
     return torch.nn.functional.cross_entropy(vlm.llm.lm_head(hidden).float(), targets, reduction='sum')
 

@@ -73,7 +73,7 @@ def loss_of(way, model, batch):
         return model(batch)
     llm = model.get_base_model() if way == 'peft' else model
     logits = llm(input_ids=batch.input_ids[None], position_ids=batch.position_ids[None], use_cache=False,
-                 attention_mask={'full_attention': None}, rows=batch.rows, slots=batch.slots).logits[0]
+                 attention_mask={'full_attention': None}, rows=batch.rows).logits[0]
     targets = torch.full_like(batch.input_ids, -100).index_copy(0, batch.label_positions, batch.labels)
     return F.cross_entropy(logits.float(), targets, reduction='sum')
 

@@ -11,7 +11,8 @@ import torch
 from PIL import Image
 
 import data
-from data import BadSample, Item, Ledger, Loader, Row, Template, collate, read_image, read_llava, row_order, split_rows
+from data import (BadSample, Item, Ledger, Loader, Row, Template, collate, lay_out, read_image, read_llava, row_order,
+                  split_rows)
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
 
@@ -512,6 +513,12 @@ def test_steps_gives_what_micro_batches_gives(tmp_path):
             assert all(torch.equal(v, vars(other)[k]) for k, v in vars(one).items() if isinstance(v, torch.Tensor))
 
 
+def test_rows_are_laid_out_a_few_at_a_time_each_group_counting_its_own_tokens():
+    (first, first_slots), (second, second_slots) = lay_out([3, 2, 2], together=2)
+    assert first.tolist() == [[0, 1, 2], [3, 4, 0]] and first_slots.tolist() == [0, 1, 2, 3, 4]
+    assert second.tolist() == [[0, 1]] and second_slots.tolist() == [0, 1]
+
+
 def test_two_short_rows_are_laid_end_to_end():
     def ints(*values):
         return np.array(values, np.int32)
@@ -520,9 +527,10 @@ def test_two_short_rows_are_laid_end_to_end():
     batch = collate([text_only, with_image], [None, np.ones((3, 2, 2), np.uint8)], num_image_tokens=2)
     assert batch.input_ids.tolist() == [30, 31, 32, 20, 21, 22, 23, 24]
     assert batch.position_ids.tolist() == [0, 1, 2, 0, 1, 2, 3, 4]
-    assert batch.rows.tolist() == [[0, 1, 2, 0, 0], [3, 4, 5, 6, 7]]           # filled up with place 0
-    assert batch.slots.tolist() == [0, 1, 2, 5, 6, 7, 8, 9]
-    assert batch.rows.flatten()[batch.slots].tolist() == list(range(8))
+    [(places, slots)] = batch.rows
+    assert places.tolist() == [[0, 1, 2, 0, 0], [3, 4, 5, 6, 7]]               # filled up with place 0
+    assert slots.tolist() == [0, 1, 2, 5, 6, 7, 8, 9]
+    assert places.flatten()[slots].tolist() == list(range(8))
     assert batch.image_positions.tolist() == [4, 5]
     assert batch.label_positions.tolist() == [1, 5, 6]                         # the place before each label
     assert batch.labels.tolist() == [32, 23, 24]

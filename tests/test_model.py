@@ -15,9 +15,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, Qwen3ForCausalLM, SiglipImageProcessorPil, SiglipVisionConfig, SiglipVisionModel
 
 import model
-from data import BadSample, Item, Ledger, Loader, Template, image_reader, read_image, read_llava
+from data import BadSample, Item, Ledger, Loader, Template, image_reader, lay_out, read_image, read_llava
 from model import (Connector, Tower, cache_features, generate, image_ablation, label_losses, load_llm, load_tower,
-                   load_vlm)
+                   load_vlm, short_attention)
 
 SHAPE = {'num_image_tokens': 4, 'width': 16, 'depth': 2, 'heads': 2, 'vision_ln': True}
 READ = partial(read_image, size=32, resample=3)
@@ -220,8 +220,18 @@ def test_a_batch_of_unpadded_rows_gives_the_losses_that_each_row_gives_alone(wor
     losses = world.vlm.nll(batch)
     want = torch.cat([alone(world, row) for row in world.mixed])
     assert torch.allclose(losses, want, atol=1e-5, rtol=1e-5)
-    one_row = replace(batch, rows=torch.arange(len(batch.input_ids))[None], slots=torch.arange(len(batch.input_ids)))
+    one_row = replace(batch, rows=lay_out([len(batch.input_ids)]))
     assert (world.vlm.nll(one_row) - want).abs().max() > 0.1      # were rows to see each other, this would tell
+
+
+@torch.no_grad()
+def test_rows_laid_out_in_groups_and_attention_by_its_definition_change_nothing(world):
+    batch, lengths = world.load.collate(world.mixed), [len(r) for r in world.mixed]
+    want, grouped = world.vlm.nll(batch), world.vlm.nll(replace(batch, rows=lay_out(lengths, together=2)))
+    assert torch.allclose(grouped, want, atol=1e-5, rtol=1e-5)
+    q, k, v = torch.randn(2, 4, 7, 8), torch.randn(2, 2, 7, 8), torch.randn(2, 2, 7, 8)
+    stock = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    assert torch.allclose(short_attention(q, k, v), stock, atol=1e-6)
 
 
 @torch.no_grad()
