@@ -226,7 +226,7 @@ def load_checkpoint(folder, map_location='cpu'):
 
 FREE_ON_RESUME = {'resume', 'batch_size', 'out_dir', 'device', 'feature_cache', 'workers', 'log_every',
                   'max_bad_samples', 'allow_failed_gates', 'epoch_samples', 'epoch_minutes', 'image_codec',
-                  'audio_codec'}
+                  'audio_codec', 'tensorboard'}
 
 
 def check_resumable(meta, settings, frozen_sha256, folder):
@@ -292,13 +292,33 @@ def provenance():
             'device': gpu or f'{platform.machine()} CPU, {os.cpu_count()} cores', 'date': time.strftime('%Y-%m-%d')}
 
 
+def tensorboard_writer(wanted):
+    """The class that writes for TensorBoard, or None; exits with one line when it is wanted and not installed."""
+    if not wanted:
+        return None
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise SystemExit('tensorboard = True, but the package tensorboard is not installed: pip install tensorboard, '
+                         'or set tensorboard = False')
+    return SummaryWriter
+
+
 class Log:
     """out_dir/log.jsonl, one JSON object a line. On resume the records after the checkpoint's step are dropped, so that
-    the log of a resumed run has the lines of an uninterrupted one."""
-    def __init__(self, path, resume_step=None, active=True):
-        self.path, self.active = Path(path), active
+    the log of a resumed run has the lines of an uninterrupted one.
+
+    writer: of tensorboard_writer; the numbers of step and eval records then go to out_dir/tensorboard too.
+    """
+    def __init__(self, path, resume_step=None, active=True, writer=None):
+        self.path, self.active, self.board = Path(path), active, None
         if not active:
             return
+        if writer is not None:
+            folder, purge = self.path.parent / 'tensorboard', None if resume_step is None else resume_step + 1
+            if resume_step is None:                    # of a run that was killed before its first checkpoint
+                shutil.rmtree(folder, ignore_errors=True)
+            self.board = writer(str(folder), purge_step=purge)   # points from there on are hidden: they come again
         kept = []
         if resume_step is not None and self.path.exists():
             kept = [line for line in self.path.read_text().splitlines() if complete(line, resume_step)]
@@ -308,6 +328,11 @@ class Log:
         if self.active:
             with open(self.path, 'a') as f:
                 f.write(json.dumps({'kind': kind, **record}) + '\n')
+        if self.board is not None and kind in ('step', 'eval'):
+            for name, value in record.items():
+                if name != 'step' and type(value) in (int, float):
+                    self.board.add_scalar(f'{kind}/{name}', value, record['step'])
+            self.board.flush()
 
 
 def complete(line, step):

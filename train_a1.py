@@ -23,7 +23,7 @@ from tqdm import tqdm
 import gates
 from common import (Log, StopSignal, all_gather, all_sum, check_resumable, epoch_samples_for, frozen_dtype,
                     has_checkpoint, init_ranks, load_checkpoint, lock_run, peak_memory_mb, provenance, reduce_gradients,
-                    save_checkpoint, seed_everything, sha256_file, sha256_tensors, write_atomic)
+                    save_checkpoint, seed_everything, sha256_file, sha256_tensors, tensorboard_writer, write_atomic)
 from configure import configure
 from data import (Ledger, Loader, Template, contact_sheet, image_reader, length_buckets, read_image, read_llava,
                   split_rows)
@@ -75,6 +75,7 @@ dtype = 'auto'                 # of the frozen weights: bfloat16 on CUDA, float3
 feature_cache = ''             # folder for the tower's features, each image once; '' runs the tower every step
 workers = 2                    # threads that decode images
 log_every = 20
+tensorboard = False            # True: the log's numbers in out_dir/tensorboard too; needs the package tensorboard
 config = configure(globals())
 # -----------------------------------------------------------------------------
 
@@ -83,7 +84,7 @@ rank, world_size, device = init_ranks(device)
 dtype = frozen_dtype(dtype, device)
 lock = lock_run(out_dir) if rank == 0 else None
 all_sum(0)                                             # nobody goes on before rank 0 has the lock
-out, stop = Path(out_dir), StopSignal()
+out, stop, writer = Path(out_dir), StopSignal(), tensorboard_writer(tensorboard)
 if has_checkpoint(out / 'ckpt') and not resume:
     raise SystemExit(f'{out_dir} holds a checkpoint: set resume = True to go on with it, or another out_dir')
 resume = resume and has_checkpoint(out / 'ckpt')
@@ -196,7 +197,7 @@ def caption(load, path, n):
 
 
 # the loop
-log = Log(out / 'log.jsonl', step if resume else None, active=rank == 0)
+log = Log(out / 'log.jsonl', step if resume else None, active=rank == 0, writer=writer)
 if not resume:
     log.write('run', stage='a1', settings=config, n_steps=n_steps, epoch_samples=epoch_samples, world_size=world_size,
               trainable=sum(p.numel() for p in trainable.values()), **provenance())

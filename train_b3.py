@@ -25,7 +25,7 @@ from tqdm import tqdm
 import gates
 from common import (Log, StopSignal, all_gather, all_sum, check_resumable, epoch_samples_for, frozen_dtype,
                     has_checkpoint, init_ranks, load_checkpoint, lock_run, peak_memory_mb, provenance, reduce_gradients,
-                    save_checkpoint, seed_everything, sha256_tensors, write_atomic)
+                    save_checkpoint, seed_everything, sha256_tensors, tensorboard_writer, write_atomic)
 from configure import configure
 from data import Loader, Template, contact_sheet, mixture, read_shards, read_texts, token_row
 from model import load_tokenizer
@@ -82,6 +82,7 @@ gate_random_win = 0.85
 device = 'auto'
 dtype = 'auto'                 # of the frozen weights: bfloat16 on CUDA, float32 on CPU; what is trained is float32
 log_every = 20
+tensorboard = False            # True: the log's numbers in out_dir/tensorboard too; needs the package tensorboard
 config = configure(globals())
 # -----------------------------------------------------------------------------
 
@@ -90,7 +91,7 @@ rank, world_size, device = init_ranks(device)
 dtype = frozen_dtype(dtype, device)
 lock = lock_run(out_dir) if rank == 0 else None
 all_sum(0)                                             # nobody goes on before rank 0 has the lock
-out, stop = Path(out_dir), StopSignal()
+out, stop, writer = Path(out_dir), StopSignal(), tensorboard_writer(tensorboard)
 if has_checkpoint(out / 'ckpt') and not resume:
     raise SystemExit(f'{out_dir} holds a checkpoint: set resume = True to go on with it, or another out_dir')
 resume = resume and has_checkpoint(out / 'ckpt')
@@ -248,7 +249,7 @@ def show(folder, modality, records, codes):
 
 
 # the loop
-log = Log(out / 'log.jsonl', step if resume else None, active=rank == 0)
+log = Log(out / 'log.jsonl', step if resume else None, active=rank == 0, writer=writer)
 if not resume:
     log.write('run', stage='b3', settings=config, n_steps=n_steps, epoch_samples=epoch_samples, world_size=world_size,
               trainable=sum(p.numel() for p in trainable.values()), token_space=space.sha256, **provenance())

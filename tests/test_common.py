@@ -8,7 +8,9 @@ import random
 import resource
 import signal
 import socket
+import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,7 +19,7 @@ import torch
 import common
 from common import (Log, StopSignal, all_gather, all_sum, check_resumable, epoch_samples_for, frozen_dtype,
                     has_checkpoint, init_ranks, load_checkpoint, lock_run, reduce_gradients, save_checkpoint,
-                    seed_everything, sha256_tensors, write_atomic)
+                    seed_everything, sha256_tensors, tensorboard_writer, write_atomic)
 
 
 def start(function, *args):
@@ -179,7 +181,8 @@ def test_a_full_disk_is_said_in_one_line(tmp_path):
 
 def test_resuming_names_the_first_setting_that_differs_and_forgives_those_of_the_machine():
     a, b, had = 'a' * 64, 'b' * 64, {'batch_size': 4, 'bucket_edges': [10, 20], 'n_image': 8192, 'seed': 1}
-    meta, now = {'settings': had, 'frozen_sha256': a}, {**had, 'batch_size': 8, 'bucket_edges': (10, 20)}
+    meta = {'settings': {**had, 'tensorboard': False}, 'frozen_sha256': a}
+    now = {**had, 'batch_size': 8, 'bucket_edges': (10, 20), 'tensorboard': True}
     assert check_resumable(meta, now, a, 'out/ckpt') is None
     assert refusal(check_resumable, meta, {**now, 'n_image': 16384, 'seed': 2}, a, 'out/ckpt') == (
         'out/ckpt has n_image = 8192, this run has 16384: cannot resume')
@@ -257,6 +260,48 @@ def test_the_log_of_a_resumed_run_drops_what_came_after_the_checkpoint_and_half_
     assert len(path.read_text().splitlines()) == 4
     Log(path)                                          # not a resume: a new log
     assert path.read_text() == ''
+
+
+class StubWriter:
+    """SummaryWriter's face; what it hides on resume is hidden as TensorBoard does it: steps from purge_step on."""
+    shown, flushed = {}, 0
+
+    def __init__(self, folder, purge_step=None):
+        Path(folder).mkdir(exist_ok=True)
+        for key in [k for k in self.shown if purge_step is not None and k[1] >= purge_step]:
+            del self.shown[key]
+
+    def add_scalar(self, name, value, step):
+        assert (name, step) not in self.shown, f'{name} has two points at step {step}'
+        self.shown[name, step] = value
+
+    def flush(self):
+        StubWriter.flushed += 1
+
+
+def test_tensorboard_gets_the_numbers_of_steps_and_evaluations_and_none_twice_after_a_resume(tmp_path, monkeypatch):
+    monkeypatch.setattr(StubWriter, 'shown', {})
+    log = Log(tmp_path / 'log.jsonl', writer=StubWriter)
+    log.write('run', stage='a1', n_steps=30)
+    for step in (10, 20, 30):
+        log.write('step', step=step, loss=1 / step, why='words are not numbers', yes=True)
+    log.write('eval', step=20, correct=0.5)
+    assert StubWriter.shown == {('step/loss', 10): 0.1, ('step/loss', 20): 0.05, ('step/loss', 30): 1 / 30,
+                                ('eval/correct', 20): 0.5} and StubWriter.flushed == 4
+    log = Log(tmp_path / 'log.jsonl', resume_step=20, writer=StubWriter)   # the checkpoint is of step 20
+    log.write('step', step=30, loss=1.0)
+    assert StubWriter.shown['step/loss', 30] == 1.0 and StubWriter.shown['step/loss', 20] == 0.05
+    Log(tmp_path / 'log.jsonl', active=False, writer=StubWriter).write('step', step=40, loss=1.0)   # another rank
+    assert ('step/loss', 40) not in StubWriter.shown
+    (tmp_path / 'tensorboard' / 'old').write_text('of a run that saved nothing')
+    Log(tmp_path / 'log.jsonl', writer=StubWriter)
+    assert not (tmp_path / 'tensorboard' / 'old').exists()
+
+
+def test_a_tensorboard_that_is_not_installed_is_said_in_one_line_only_when_wanted(monkeypatch):
+    monkeypatch.setitem(sys.modules, 'torch.utils.tensorboard', None)      # as if: importing it raises ImportError
+    assert tensorboard_writer(False) is None
+    assert refusal(tensorboard_writer, True).startswith('tensorboard = True, but the package tensorboard is not')
 
 
 def test_an_epoch_is_what_fits_in_the_minutes_at_the_median_step_time():

@@ -105,6 +105,7 @@ def test_copies_that_must_stay_alike_are_alike():
                            ('    # learning rate.*?    # step', (a1, b3)),
                            ('    # learning rate.*?    # log', (a2, b4)),
                            ('    # log\n.*?# gates', (a1, b3)), ('def rows_of.*?\n\n\n', (b3, b4)),
-                           ('# ranks.*?# derived', (a2, b3, b4))):
+                           ('# ranks.*?# derived', (a2, b3, b4)), ('tensorboard = .*?\n', (a1, a2, b3, b4)),
+                           ('\nlog = Log.*?\n', (a1, a2, b3, b4)), ('\nout, stop, .*?\n', (a1, a2, b3, b4))):
         cut = [re.search(passage, text, re.DOTALL)[0].replace('caption(evaluation', '') for text in texts]
         assert len(set(cut)) == 1, passage

@@ -214,3 +214,46 @@ def test_two_runs_cannot_write_one_folder(config, tmp_path):
     done = run_script('train_a1.py', config, f'--out_dir={tmp_path}')
     lock.release()
     assert done.returncode == 1 and 'another run is writing here' in done.stderr
+
+
+STUB = '''
+import json, runpy, sys, types
+class SummaryWriter:
+    """Writes each point as a line; a resume says from which step on points come again."""
+    def __init__(self, folder, purge_step=None):
+        import os
+        os.makedirs(folder, exist_ok=True)
+        self.file = open(folder + '/points', 'a')
+        self.line('purge', 0, purge_step)
+    def line(self, *what):
+        print(json.dumps(what), file=self.file, flush=True)
+    add_scalar = line
+    def flush(self):
+        pass
+sys.modules['torch.utils.tensorboard'] = types.SimpleNamespace(SummaryWriter=SummaryWriter)
+sys.path[:0], sys.argv = ['REPO'], sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name='__main__')
+'''
+
+
+def test_tensorboard_shows_what_the_log_says_once_also_after_a_resume(config, straight, tmp_path):
+    """A stub in its place: a run is stopped after step 6, which its log has gone past, and resumed."""
+    (tmp_path / 'with_stub.py').write_text(STUB.replace('REPO', str(REPO)))
+    args = 'train_a1.py', config, f'--out_dir={tmp_path}/out'
+    shutil.copytree(straight[0], tmp_path / 'out')     # a run without a board ...
+    shutil.rmtree(tmp_path / 'out' / 'ckpt')           # ... of which the checkpoint of step 6 is left
+    done = run_script(tmp_path / 'with_stub.py', *args, '--resume=True', '--tensorboard=True')
+    assert done.returncode == straight[1].returncode, done.stderr
+    points = [json.loads(line) for line in (tmp_path / 'out/tensorboard/points').read_text().splitlines()]
+    wanted = [[f'{r["kind"]}/{name}', value, r['step']] for kind in ('step', 'eval')
+              for r in read_log(tmp_path / 'out', kind) if r['step'] > 6
+              for name, value in r.items() if name not in ('kind', 'step')]
+    assert points[0] == ['purge', 0, 7] and sorted(points[1:]) == sorted(wanted) and len(wanted) > 60
+
+
+def test_a_tensorboard_that_is_not_installed_ends_the_run_before_it_begins(config, tmp_path):
+    (tmp_path / 'without.py').write_text(STUB.replace('REPO', str(REPO)).replace(
+        'types.SimpleNamespace(SummaryWriter=SummaryWriter)', 'None'))
+    done = run_script(tmp_path / 'without.py', 'train_a1.py', config, f'--out_dir={tmp_path}/out', '--tensorboard=True')
+    assert done.returncode == 1 and 'pip install tensorboard' in done.stderr and 'Traceback' not in done.stderr
+    assert not (tmp_path / 'out' / 'log.jsonl').exists()
