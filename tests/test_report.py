@@ -1,10 +1,13 @@
-"""report.py: the page of a whole out folder, of half-finished and damaged ones."""
+"""report.py: the page of a whole out folder, of half-finished and damaged ones, and what a browser makes of it."""
 import html
 import json
+import os
 import re
 import runpy
 import shutil
+import subprocess
 import sys
+import threading
 
 import numpy as np
 import pytest
@@ -347,3 +350,92 @@ def test_no_content_of_the_files_keeps_the_page_from_being_made(copy, damage):
     page, _ = report.page(copy)
     assert [h.split('·')[0] for h in headings(page)] == list(STAGES) and len(notes(page)) > 5
     assert EVIL not in page
+
+
+# -----------------------------------------------------------------------------
+# in a browser
+
+CHROMIUM = shutil.which('chromium')
+CHECK = """(async () => {
+  const broken = [...document.images].filter(image => !(image.naturalWidth > 0)).map(image => 'image ' + image.alt);
+  for (const sound of document.querySelectorAll('audio')) {
+    await new Promise(done => { sound.onloadedmetadata = sound.onerror = done; sound.load(); });
+    if (!(sound.readyState > 0 && sound.duration > 0)) broken.push('sound ' + sound.ariaLabel);
+  }
+  for (const folded of document.querySelectorAll('details')) folded.open = true;
+  return {broken, images: document.images.length, sounds: document.querySelectorAll('audio').length,
+          width: innerWidth, wide: document.documentElement.scrollWidth};
+})()"""
+
+
+def in_browser(page, width, folder):
+    """What CHECK finds in a page that is shown `width` wide, and all that the browser's console said.
+
+    Chromium is asked over a pair of pipes, by its DevTools protocol: the page itself stays as it is."""
+    (folder / 'page.html').write_text(page)
+    (its_in, our_out), (our_in, its_out) = os.pipe(), os.pipe()
+    process = subprocess.Popen(
+        ['bash', '-c', f'exec "$@" 3<&{its_in} 4>&{its_out}', '-', CHROMIUM, '--headless', '--no-sandbox',
+         '--disable-gpu', '--disable-quic', '--no-first-run', '--disable-background-networking',
+         '--disable-component-update', '--disable-sync', f'--user-data-dir={folder}/profile',
+         '--remote-debugging-pipe', 'about:blank'],
+        pass_fds=(its_in, its_out), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    os.close(its_in)
+    os.close(its_out)
+    patience = threading.Timer(120, process.kill)      # the pipe then ends, and with it the waiting
+    patience.start()
+    said, session = [], {}
+    with open(our_in, 'rb') as answers, open(our_out, 'wb', buffering=0) as questions:
+        def until(wanted):
+            """The next message that is wanted; what the console says before it is kept."""
+            while True:
+                message = bytearray()
+                while (byte := answers.read(1)) != b'\0':
+                    assert byte, 'Chromium has ended, or took too long'
+                    message += byte
+                message = json.loads(message)
+                if message.get('method') in ('Runtime.consoleAPICalled', 'Runtime.exceptionThrown', 'Log.entryAdded'):
+                    said.append(json.dumps(message['params']))
+                if wanted(message):
+                    return message
+
+        def ask(method, **parameters):
+            questions.write(json.dumps({'id': 1, 'method': method, 'params': parameters, **session}).encode() + b'\0')
+            return until(lambda message: message.get('id') == 1)['result']
+        target = next(t for t in ask('Target.getTargets')['targetInfos'] if t['type'] == 'page')
+        session['sessionId'] = ask('Target.attachToTarget', targetId=target['targetId'], flatten=True)['sessionId']
+        for domain in 'Page', 'Runtime', 'Log':
+            ask(f'{domain}.enable')
+        ask('Emulation.setDeviceMetricsOverride', width=width, height=900, deviceScaleFactor=1, mobile=False)
+        ask('Page.navigate', url=f'file://{folder}/page.html')
+        until(lambda message: message.get('method') == 'Page.loadEventFired')
+        found = ask('Runtime.evaluate', expression=CHECK, awaitPromise=True, returnByValue=True)['result']['value']
+        ask('Browser.close')
+    process.wait()
+    patience.cancel()
+    return found, said
+
+
+@pytest.mark.browser
+@pytest.mark.skipif(not CHROMIUM, reason='needs a `chromium` on the path, as the Debian package of that name puts it')
+class TestInABrowser:
+    @pytest.mark.parametrize('width', [1280, 400])
+    def test_everything_loads_and_fits(self, small, whole, tmp_path, width):
+        found, said = in_browser(whole, width, tmp_path)
+        assert said == [] and found['broken'] == [] and found['width'] == width and found['wide'] <= width
+        assert found['images'] == whole.count('<img ') > 60 and found['sounds'] == whole.count('<audio ') == 48
+
+    @pytest.mark.parametrize('broken, expected', [
+        ('<img src="data:image/png;base64,AAAA" alt="x">', 'image x'),
+        ('<audio src="data:audio/wav;base64,AAAA" aria-label="y"></audio>', 'sound y')])
+    def test_this_check_notices_what_does_not_load(self, tmp_path, broken, expected):
+        found, _ = in_browser(PLAIN.format(broken), 400, tmp_path)
+        assert found['broken'] == [expected]
+
+    def test_this_check_notices_what_is_too_wide_or_comes_from_elsewhere(self, tmp_path):
+        page = PLAIN.format('<p style="width: 900px"><img src="elsewhere.png" alt="z">')
+        found, said = in_browser(page, 400, tmp_path)
+        assert found['wide'] > 400 and found['broken'] == ['image z'] and 'Content Security Policy' in ''.join(said)
+
+
+PLAIN = f'<!doctype html><meta http-equiv="Content-Security-Policy" content="{report.POLICY}"><body>{{}}</body>'
