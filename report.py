@@ -126,13 +126,14 @@ def show_sound(path, label):
     """A player for the first seconds of a sound, written anew as 16-bit WAV."""
     try:
         with soundfile.SoundFile(path) as f:
-            wave, rate = f.read(CLIP_SECONDS * f.samplerate), f.samplerate
+            wave, rate, length = f.read(CLIP_SECONDS * f.samplerate), f.samplerate, f.frames
         if not len(wave):
             raise ValueError('empty')
         buffer = io.BytesIO()
         soundfile.write(buffer, np.nan_to_num(wave), rate, format='WAV', subtype='PCM_16')
-        return Markup(f'<audio controls preload="metadata" aria-label="{html.escape(label)}" '
-                      f'src="{data_uri("audio/wav", buffer.getvalue())}"></audio>')
+        player = Markup(f'<audio controls preload="metadata" aria-label="{html.escape(label)}" '
+                        f'src="{data_uri("audio/wav", buffer.getvalue())}"></audio>')
+        return player + tag('small', f'first {CLIP_SECONDS} s') if length > len(wave) else player
     except UNREADABLE as e:
         return tag('span', f'{Path(path).name}: no sound to play ({type(e).__name__})', kind='gone')
 
@@ -512,11 +513,13 @@ def audit(run):
                 side = sheet.width // 2                # a pair a row, side by side
                 cards = [tag('figure', image_tag(sheet.crop((0, y, sheet.width, y + side)), (
                     f'picture {n}: original on the left, decoded on the right'), 512), kind='card')
-                    for n, y in enumerate(range(0, sheet.height - side + 1, side))][:N_ITEMS]
+                    for n, y in enumerate(range(0, sheet.height - side + 1, side))]
         except UNREADABLE as e:
             run.note(f'pictures/original_decoded.png is damaged ({type(e).__name__}).')
     if cards:
-        parts += [tag('h4', 'Pictures: original, decoded'), tag('div', *cards, kind='cards pairs')]
+        shown = cards[:N_ITEMS]
+        parts += [tag('h4', 'Pictures: original, decoded'), tag('p', f'{len(shown)} of {len(cards)} that were kept.'),
+                  tag('div', *shown, kind='cards pairs')]
     sounds = sorted(run.path.glob('sounds/*_original.wav'))
     cards = [tag('figure', tag('div', *(tag('div', show_sound(file, f'sound {one.stem[:2]}, {which}'), tag(
         'small', which)) for which, file in (('original', one), (
