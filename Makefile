@@ -10,7 +10,7 @@ venv   := .venv/ready
 python := .venv/bin/python
 endif
 
-.PHONY: small small-a small-b test proofs clean
+.PHONY: small small-a small-b test proofs browser clean
 
 small: small-a small-b
 	$(python) gates.py out
@@ -57,6 +57,9 @@ test: $(venv)                             # minutes; what CI runs
 
 proofs: $(venv)                           # the slow proofs: trains the small world for real
 	$(python) -m pytest -q -m slow
+
+browser: $(venv)                          # report.html in Chromium (Debian: apt install chromium)
+	$(python) -m pytest -q -m browser -rs
 
 .venv/ready: pyproject.toml
 	python3 -c 'import sys; sys.exit(f"Python {sys.version.split()[0]} is too old, wanted 3.11 or newer") if sys.version_info < (3, 11) else 0'

@@ -1,10 +1,10 @@
 """
 Gates: numbers in, verdicts out. Each stage measures, this file judges, and the stage's exit status says.
 
-As a script, the report card of one stage or of every stage below a folder:
+As a script, the report card of one stage or of every stage below a folder, as a table and as a page to look at:
 
-reads   DIR/gates.json, DIR/*/gates.json
-writes  nothing
+reads   DIR/gates.json, DIR/*/gates.json; for the page whatever else the stages have left there so far
+writes  DIR/report.html
 done    when every gate found has passed; exits 1 when one has not, or when there is none
 
 $ python gates.py out
@@ -191,20 +191,37 @@ def require_passed(folder, allow_failed_gates):
         raise SystemExit(f'{folder} {problem}; mend it, or set allow_failed_gates = True to go on all the same')
 
 
+def verdict_files(folder):
+    """The gates.json of a folder and of those in it."""
+    return [p for p in [Path(folder) / 'gates.json', *sorted(Path(folder).glob('*/gates.json'))] if p.exists()]
+
+
+def read_verdict(path):
+    """([Gate], passed) of a gates.json; a damaged one is a gate that failed."""
+    try:
+        record = json.loads(path.read_text())
+        verdicts = [Gate(str(g['name']), float(g['value']), str(g['bar']), bool(g['passed'])) for g in record['gates']]
+        return verdicts, bool(record['passed'])
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        return [Gate(f'{path.name} is whole', math.nan, f'not damaged ({type(e).__name__}: {e})', False)], False
+
+
 def report_card(folder):
     """Print the gates of every stage found in a folder; True when there are some and all passed."""
-    paths = [p for p in [Path(folder) / 'gates.json', *sorted(Path(folder).glob('*/gates.json'))] if p.exists()]
+    paths = verdict_files(folder)
     if not paths:
         raise SystemExit(f'{folder}: no gates.json here or one level below; run a stage first')
     ok = True
     for path in paths:
-        record = json.loads(path.read_text())
-        ok &= record['passed']
-        print(f'{path.parent}\n{table([Gate(**g) for g in record["gates"]])}\n')
+        verdicts, passed = read_verdict(path)
+        ok &= passed
+        print(f'{path.parent}\n{table(verdicts)}\n')
     return ok
 
 
 if __name__ == '__main__':
     if len(sys.argv) != 2 or sys.argv[1].startswith('-'):
         raise SystemExit(__doc__.strip())
+    from report import write_report                    # only here: it stands above this module
+    write_report(sys.argv[1])
     sys.exit(0 if report_card(sys.argv[1]) else 1)
