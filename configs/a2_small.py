@@ -1,6 +1,6 @@
 # The small world's A2: the aligned model learns to answer questions about a picture.
 # $ python train_a2.py configs/a2_small.py
-from make_small import ensure
+from make_small import ensure, half_dtype
 
 _small = ensure('instruct', 'text')
 data_json = f'{_small}/instruct/data.json'
@@ -22,3 +22,4 @@ n_text = 256
 bucket_edges = (20, 45)        # these chats are short: thirds of them
 max_new_tokens = 48
 feature_cache = f'{_small}/features'
+dtype = half_dtype()

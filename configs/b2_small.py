@@ -1,6 +1,6 @@
 # The small world's shards: pictures with one caption, sounds with two, an eighth of the media held out.
 # $ python build_b2.py configs/b2_small.py
-# 12,448 items of 10,400 media files, 5 MB, in about a CPU minute; nearly all of it is the sound codec.
+# 14,427 items of 12,400 media files in about half a CPU minute; nearly all of it is the sound codec.
 from make_small import ensure
 
 _small = ensure('captions', 'sounds', 'llm', 'image_codec', 'audio_codec')

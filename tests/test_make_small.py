@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import corpus
 import make_small as m
 import world as w
 from data import read_texts
@@ -25,7 +26,7 @@ def test_captions_fill_all_three_length_buckets(tiny):
 
 def test_the_text_holds_every_word_of_the_captions_but_no_caption_and_no_prompt(tiny):
     text = '\n'.join(read_texts(tiny / 'text' / 'train.jsonl'))
-    assert not m.CAPTION_FRAME.search(text)
+    assert not corpus.CAPTION_FRAME.search(text)
     records = json.loads((tiny / 'captions' / 'data.json').read_text())
     captions = [r['conversations'][1]['value'] for r in records]
     assert all(w.THING.search(c) for c in captions)    # so that the search above would have found one
@@ -33,6 +34,44 @@ def test_the_text_holds_every_word_of_the_captions_but_no_caption_and_no_prompt(
     chats = json.loads((tiny / 'instruct' / 'data.json').read_text())
     asked = {t['value'].removeprefix('<image>\n') for r in chats for t in r['conversations'] if t['from'] == 'human'}
     assert not [q for q in asked if q in text]
+
+
+def test_what_brings_up_a_thing_brings_up_what_was_told_of_it_and_the_told_part_is_marked(tiny):
+    rng = np.random.default_rng(5)
+    for progress, parts in ((0.1, '; '), (0.2, None), (0.3, None), (0.4, None)):
+        for _ in range(50):
+            told, rest = corpus.document(rng, progress)
+            assert told.endswith('.') and rest.startswith(' ')
+            if parts:                                  # lists: every answer is one of them, its key first
+                lists = [set(part.split()) for part in told[:-1].split(parts)]
+                assert all(set(answer.split()) in lists for answer in rest[1:-1].split('. '))
+    lines = [json.loads(line) for line in (tiny / 'text' / 'train.jsonl').read_text().splitlines()]
+    assert all(0 <= line['told'] < len(line['text']) for line in lines)
+    assert lines[0]['told'] and not sum(line['told'] for line in lines[-200:] if '<|im_start|>' in line['text'])
+
+
+def test_an_interviews_answers_are_true_of_what_is_told():
+    rng, seen = np.random.default_rng(6), set()
+    for _ in range(600):
+        n = int(rng.integers(1, 4))
+        told, behind = corpus.things(n, rng), 'gray'
+        kind = corpus.choose(rng, corpus.KINDS)
+        pair = corpus.question(kind, told, behind, rng)
+        if not pair:
+            continue
+        seen.add(kind)
+        ask, answer = pair
+        if kind == 'yes or no':
+            colour, noun = re.search(r'[aA] (\w+) (\w+)(?:\?|,)', ask).groups()
+            there = any((t['colour'], t['noun']) == (colour, noun) for t in told)
+            assert answer.endswith(': yes.' if there else ': no.')
+        elif kind == 'how many':
+            assert corpus.COUNTS[n] in answer
+        elif kind not in ('all', 'background'):        # all that the answer says fits one of the things
+            fit = [t for t in told if all(w not in corpus.WORDS or w in ' '.join(t.values()).split() or w == 'one'
+                                          for w in re.findall(r'\w+', answer))]
+            assert fit, (told, ask, answer)
+    assert seen == set(corpus.KINDS)
 
 
 def test_no_scene_is_in_two_sets(tmp_path):
@@ -74,10 +113,10 @@ def test_ensure_leaves_a_finished_part_alone_and_finishes_what_a_kill_left(tmp_p
 
 
 def test_base_models_are_made_to_the_same_bytes_again(tmp_path):
-    m.make_text(tmp_path / 'text', n_train=320, n_eval=20)
+    m.make_text(tmp_path / 'text', n_train=96, n_eval=20)
 
     def weights(folder):
-        m.make_llm(folder / 'llm', tmp_path / 'text', batch=64)
+        m.make_llm(folder / 'llm', tmp_path / 'text')
         m.make_vision(folder / 'vision', n_steps=3, n_groups=2)
         return [(folder / part / 'model.safetensors').read_bytes() for part in ('llm', 'vision')]
     assert weights(tmp_path / 'a') == weights(tmp_path / 'b')
@@ -85,8 +124,8 @@ def test_base_models_are_made_to_the_same_bytes_again(tmp_path):
 
 def test_the_language_model_has_rows_to_spare_and_tied_embeddings_like_the_real_one(tmp_path):
     from transformers import AutoTokenizer, Qwen3ForCausalLM
-    m.make_text(tmp_path / 'text', n_train=320, n_eval=20)
-    m.make_llm(tmp_path / 'llm', tmp_path / 'text', batch=64)
+    m.make_text(tmp_path / 'text', n_train=96, n_eval=20)
+    m.make_llm(tmp_path / 'llm', tmp_path / 'text')
     tokenizer, llm = AutoTokenizer.from_pretrained(tmp_path / 'llm'), Qwen3ForCausalLM.from_pretrained(tmp_path / 'llm')
     assert llm.lm_head.weight is llm.model.embed_tokens.weight
     assert len(tokenizer) < llm.config.vocab_size == 768

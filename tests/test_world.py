@@ -58,12 +58,14 @@ def test_relations(a, b, said):
 def test_every_question_has_one_answer_and_it_is_true():
     rng = np.random.default_rng(4)
     scene = w.Scene((RED, BLUE), 'black')
-    answers = {q: a for _ in range(60) for _, q, a in w.chat(scene, rng)}
+    answers = {q: a for _ in range(300) for _, q, a in w.chat(scene, rng)}
     assert answers['Which colour does the circle have?'] == 'The circle is red.'
     assert answers['Where do you find the blue shape?'] == 'The blue one is in the bottom right part.'
     assert answers['Count the shapes, please.'] == 'I can see two shapes.'
     assert answers['What is in the top left part?'] == 'In the top left part is a big red circle.'
-    assert answers['Does the picture show a red circle?'] == 'A red circle? Yes, there it is.'
+    assert answers['Does the picture show a red circle?'] == 'The circle is red, so yes.'
+    assert answers['Does the picture show a blue circle?'] == 'The circle is red, so no.'
+    assert answers['Does the picture show a red cross?'] == 'There is no cross, so no.'
     assert w.score_caption(answers['Describe everything you see.'], scene) == (9, 9)
 
 
@@ -71,6 +73,8 @@ def test_an_ambiguous_question_is_not_asked():
     twins = w.Scene((RED, RED._replace(place='top right')), 'white')
     rng = np.random.default_rng(5)
     assert w.question('colour', twins, rng) is None and w.question('where', twins, rng) is None
+    said = [w.question('yesno', twins, rng) for _ in range(50)]
+    assert None in said and not [pair for pair in said if pair and 'circle' in pair[1]]
 
 
 # -----------------------------------------------------------------------------
