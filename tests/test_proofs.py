@@ -17,3 +17,56 @@ def test_a_frozen_language_model_learns_to_caption_and_then_to_answer(tmp_path):
 def test_the_sweep_finds_a_run_that_passes(tmp_path):
     done = run_script('sweep_a11.py', 'configs/a11_small.py', f'--out_dir={tmp_path}')
     assert done.returncode == 0 and (tmp_path / 'best.py').exists(), done.stdout + done.stderr
+
+
+def test_a_janus_vq_that_was_trained_decodes_what_it_encodes(tmp_path):
+    """A codec class of transformers, trained through its own modules: autoencoder, k-means on the sphere, decoder."""
+    import numpy as np
+    import torch
+    import torch.nn.functional as F
+    from PIL import Image
+    from transformers import JanusVQVAE, JanusVQVAEConfig
+
+    from codec import load_image_codec, psnr
+    from small_codecs import k_means
+    from world import draw, random_scene
+    torch.manual_seed(0)
+    rng, generator = np.random.default_rng(1), torch.Generator().manual_seed(1)
+    shots = [Image.fromarray(draw(random_scene(rng), rng)).resize((32, 32), Image.BICUBIC) for _ in range(1500)]
+    pixels = torch.from_numpy(np.stack([np.asarray(shot) for shot in shots])).permute(0, 3, 1, 2)   # uint8
+    model = JanusVQVAE(JanusVQVAEConfig(embed_dim=8, num_embeddings=256, latent_channels=32, base_channels=32,
+                                        channel_multiplier=[1, 1, 1], num_res_blocks=1, num_patches=8))
+
+    def latents(x):
+        return F.normalize(model.quant_conv(model.encoder(x)), dim=1)                               # (B, 8, 8, 8)
+
+    def train(parameters, through, n_steps):
+        optimizer = torch.optim.AdamW(parameters, lr=2e-3, weight_decay=0.0)
+        for step in range(n_steps):
+            for group in optimizer.param_groups:
+                group['lr'] = 2e-3 * min(1, (n_steps - step) / (0.5 * n_steps))
+            x = pixels[torch.randint(1400, (32,), generator=generator)] / 127.5 - 1
+            loss = F.mse_loss(model.decoder(model.post_quant_conv(through(x))), x)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    train(model.parameters(), latents, 300)
+    with torch.no_grad():
+        seen = latents(pixels[:400] / 127.5 - 1).permute(0, 2, 3, 1).reshape(-1, 8)
+        book = F.normalize(k_means(seen, 256, generator), dim=1)
+        model.quantize.embedding.weight.copy_(book)
+
+    @torch.no_grad()
+    def quantised(x):
+        return book[(latents(x).permute(0, 2, 3, 1) @ book.T).argmax(-1)].permute(0, 3, 1, 2)
+
+    train([*model.decoder.parameters(), *model.post_quant_conv.parameters()], quantised, 300)
+    model.save_pretrained(tmp_path)
+    codec, held_out = load_image_codec(tmp_path), pixels[1400:]
+    codes = codec.encode(held_out)
+    assert codes.shape == (100, 64) and len(codes.unique()) > 64
+    measured = psnr(held_out.permute(0, 2, 3, 1).numpy(), codec.decode(codes).permute(0, 2, 3, 1).numpy()).mean()
+    shuffled = psnr(held_out.permute(0, 2, 3, 1).numpy(), codec.decode(codes.roll(1, 0)).permute(0, 2, 3, 1).numpy())
+    print(f'PSNR {measured:.1f} dB, with the codes of another picture {shuffled.mean():.1f}')
+    assert measured > 17 > shuffled.mean() + 3
