@@ -1,6 +1,6 @@
 # The map of the stages. `make small` runs both tracks from nothing, `make small-a` and `make small-b` one of them; `make
 # test` runs the tests. Each makes its own virtual environment unless one is active. A finished stage is skipped, an
-# interrupted one goes on where it was, and the first gate that fails ends it.
+# interrupted one goes on where it was, and the first gate that fails ends it. `make -j2 small` gives each track a core.
 
 ifdef VIRTUAL_ENV
 venv   :=
@@ -9,6 +9,9 @@ else
 venv   := .venv/ready
 python := .venv/bin/python
 endif
+
+# matrices as small as these gain nothing from a second thread
+export OMP_NUM_THREADS ?= 1
 
 .PHONY: small small-a small-b test proofs browser clean
 

@@ -127,8 +127,8 @@ QUESTIONS = {                                          # kind: (ways to ask, the
     'thing at a place': (('What is at the {place}?', '{place}: what is there?', 'Tell me about the {place}.'),
                          'At the {place} there is a {size} {colour} {noun}.', 'place'),
     'size of a noun': (('How big is the {noun}?', 'Say the size of the {noun}.'), 'The {noun} is {size}.', 'noun')}
-KINDS = (*QUESTIONS, 'colour of a noun', 'place of a colour', 'colour at a place', 'thing at a place',
-         'thing at a place', 'yes or no', 'yes or no', 'how many', 'all', 'all', 'background')
+KINDS = (*QUESTIONS, 'colour of a noun', 'place of a colour', 'colour at a place', *2 * ('thing at a place', 'all'),
+         *3 * ('yes or no',), 'how many', 'background')
 
 
 def question(kind, told, behind, rng):
@@ -137,7 +137,7 @@ def question(kind, told, behind, rng):
     if kind in QUESTIONS:
         ways, answer, key = QUESTIONS[kind]
         return (choose(rng, ways).format(**t), answer.format(**t)) if alone(t, key, told) else None
-    if kind == 'yes or no':                            # what is looked up comes first, then the verdict
+    if kind == 'yes or no':                            # what is asked, what is looked up, then the verdict
         nouns = [other['noun'] for other in told]
         noun = t['noun'] if rng.random() < 0.75 else word('noun', rng)
         if nouns.count(noun) > 1:
@@ -146,9 +146,8 @@ def question(kind, told, behind, rng):
         colour = is_there[0] if is_there and rng.random() < 0.6 else choose(rng, [word('colour', rng), choose(
             rng, told)['colour']])
         ask = choose(rng, ('Is there a {} {}?', 'Can you find a {} {}?', 'A {} {}, yes or no?')).format(colour, noun)
-        if not is_there:
-            return ask, f'No {noun} is there: no.'
-        return ask, f"That {noun} is {is_there[0]}: {'yes' if is_there[0] == colour else 'no'}."
+        reason = f'that {noun} is {is_there[0]}' if is_there else f'no {noun} is there'
+        return ask, f"A {colour} {noun}: {reason}, {'yes' if [colour] == is_there else 'no'}."
     if kind == 'how many':
         return choose(rng, ('How many things are there?', 'Count them.')), (
             f"There {'are' if len(told) > 1 else 'is'} {COUNTS[len(told)]} thing{'s' * (len(told) > 1)}.")

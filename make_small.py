@@ -42,7 +42,7 @@ Named = namedtuple('Named', 'id')                      # an item of which only t
 # text
 
 
-def make_text(folder, n_train=56_000, n_eval=1_000, n_replay=6_000):
+def make_text(folder, n_train=64_000, n_eval=1_000, n_replay=6_000):
     """train, eval and replay JSONL, one {"text", "told"} a line, told: how many characters of it cannot be predicted;
     the last two files are as varied as the end of the first."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -272,7 +272,7 @@ def make_vision(folder, n_steps=800, learning_rate=2e-3, n_groups=32, group=4):
 # -----------------------------------------------------------------------------
 # the parts, on demand
 
-def make_captions(folder, n=10_000, seed=104, kind='captions', taken=()):
+def make_captions(folder, n=14_000, seed=104, kind='captions', taken=()):
     """LLaVA-Pretrain JSON, images/, and truth.json ({id: scene}). No scene twice, none of `taken`."""
     (folder / 'images').mkdir(parents=True)
     rng, records, truth, used = np.random.default_rng(seed), [], {}, set(taken)

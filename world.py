@@ -194,16 +194,15 @@ def question(kind, scene, rng):
     if kind == 'where' and alone('colour'):
         ask = choose(rng, ('Where do you find the {} shape?', 'In which part is the {} one?'))
         return ask.format(target.colour), f'The {target.colour} one is in the {target.place} part.'
-    if kind == 'yesno':                                # the reason first, then the verdict
+    if kind == 'yesno':                                # what is asked, the reason, then the verdict
         shape = target.shape if rng.random() < 0.75 else choose(rng, SHAPES)
         with_it = [t for t in things if t.shape == shape]
         if len(with_it) > 1:
             return None
         colour = with_it[0].colour if with_it and rng.random() < 0.6 else choose(rng, COLOURS)
-        says = f'There is no {shape}, so no.'
-        if with_it:
-            says = f"The {shape} is {with_it[0].colour}, so {'yes' if with_it[0].colour == colour else 'no'}."
-        return f'Does the picture show a {colour} {shape}?', says
+        reason = f'The {shape} is {with_it[0].colour}' if with_it else f'There is no {shape}'
+        verdict = 'yes' if colour in [t.colour for t in with_it] else 'no'
+        return f'Does the picture show a {colour} {shape}?', f'A {colour} {shape}? {reason}, so {verdict}.'
     if kind == 'describe':
         listed = ', '.join(f'a {t.size} {t.colour} {t.shape} at the {t.place}' for t in things)
         ask = choose(rng, ('Describe everything you see.', 'What does this picture show in full?'))

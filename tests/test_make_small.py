@@ -64,7 +64,7 @@ def test_an_interviews_answers_are_true_of_what_is_told():
         if kind == 'yes or no':
             colour, noun = re.search(r'[aA] (\w+) (\w+)(?:\?|,)', ask).groups()
             there = any((t['colour'], t['noun']) == (colour, noun) for t in told)
-            assert answer.endswith(': yes.' if there else ': no.')
+            assert answer.endswith(', yes.' if there else ', no.')
         elif kind == 'how many':
             assert corpus.COUNTS[n] in answer
         elif kind not in ('all', 'background'):        # all that the answer says fits one of the things

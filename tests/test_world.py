@@ -63,9 +63,9 @@ def test_every_question_has_one_answer_and_it_is_true():
     assert answers['Where do you find the blue shape?'] == 'The blue one is in the bottom right part.'
     assert answers['Count the shapes, please.'] == 'I can see two shapes.'
     assert answers['What is in the top left part?'] == 'In the top left part is a big red circle.'
-    assert answers['Does the picture show a red circle?'] == 'The circle is red, so yes.'
-    assert answers['Does the picture show a blue circle?'] == 'The circle is red, so no.'
-    assert answers['Does the picture show a red cross?'] == 'There is no cross, so no.'
+    assert answers['Does the picture show a red circle?'] == 'A red circle? The circle is red, so yes.'
+    assert answers['Does the picture show a blue circle?'] == 'A blue circle? The circle is red, so no.'
+    assert answers['Does the picture show a red cross?'] == 'A red cross? There is no cross, so no.'
     assert w.score_caption(answers['Describe everything you see.'], scene) == (9, 9)
 
 
