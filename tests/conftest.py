@@ -38,10 +38,12 @@ def tiny(tmp_path_factory):
     make_small.make_captions(root / 'captions', n=200)
     make_small.make_captions(root / 'instruct', n=150, seed=7, kind='instruct')
     make_small.make_text(root / 'text', n_train=2000, n_eval=60)
-    tokenizer = make_small.make_tokenizer(read_texts(root / 'text' / 'train.jsonl'), n_ids=640)
+    captions = [r['conversations'][1]['value'] for r in json.loads((root / 'captions' / 'data.json').read_text())]
+    # 500 ids are few: the captions' words become whole ones first
+    tokenizer = make_small.make_tokenizer([*10 * captions, *read_texts(root / 'text' / 'train.jsonl')], n_ids=500)
     torch.manual_seed(0)
     llm = Qwen3ForCausalLM(Qwen3Config(
-        vocab_size=672, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        vocab_size=512, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, head_dim=8, max_position_embeddings=512, tie_word_embeddings=True,
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, bos_token_id=None))
     texts = read_texts(root / 'text' / 'replay.jsonl')                 # as varied as the end of what the real one reads
