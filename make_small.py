@@ -83,7 +83,7 @@ def optimizer_for(model, learning_rate):
 def half_dtype():
     """'bfloat16' where this machine's processor multiplies it, four times as fast as float32; else 'float32'."""
     import torch
-    has = torch.cpu.get_capabilities()
+    has = getattr(torch.cpu, 'get_capabilities', dict)()   # older torch does not say
     return 'bfloat16' if has.get('avx512_bf16') or has.get('amx_bf16') else 'float32'
 
 
