@@ -421,7 +421,7 @@ def golden_captions(run):
 def originals(run, wanted):
     """{id: file} of tokenized items, by what B2 was made from; wanted: {id: sha256}. Other bytes are another file."""
     shards, files = run.head().get('settings', {}).get('shards_dir', ''), {}
-    for folder in (nearby(shards), run.path.parent / Path(shards).name):
+    for folder in (run.path.parent / Path(shards).name, nearby(shards)):   # beside the run, where both were moved
         made_from = Run(folder, 'b2').head().get('settings')
         if made_from:
             break

@@ -71,6 +71,7 @@ replay_jsonl = '{folder}/text.jsonl'
 lora_r = 4
 lora_alpha = 8
 lora_dropout = 0.0
+task_weights = {{'i2t': 1.5, 'a2t': 1.0, 't2i': 2.0, 't2a': 1.5}}
 task_weights_start = {{'i2t': 1.0, 'a2t': 1.0, 't2i': 1.0, 't2a': 1.0}}
 max_seq_len = 64
 rows_per_step = 20
