@@ -10,7 +10,7 @@ done    when everything has its answer; exits 1 at the first file that cannot be
 $ python sample.py out/a1_small --image data/small/captions/images/000000.png
 $ python sample.py out/a2_small --image data/small/instruct/images/000000.png --prompt "How many shapes can you see?"
 $ python sample.py out/a2_small --image data/small/instruct/images/000000.png      # on a terminal: a chat
-$ python sample.py out/b4_small --draw "a red circle above a blue square" --n 4 --guidance 2
+$ python sample.py out/b4_small --draw "a red circle above a blue square" --n 4
 $ python sample.py out/b4_small --sound "two high bright tones, rising, fading"
 $ python sample.py out/b4_small --image data/small/captions/images/000000.png --audio data/small/sounds/audio/000000.wav
 $ python sample.py out/b4_small --export out/b4_small_qwen3        # a stock Qwen3: transformers alone loads it

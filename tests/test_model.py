@@ -1,4 +1,5 @@
 """model.py: the tower, the connector, attention over unpadded rows, losses, ablation, cached features, generation."""
+import copy
 import json
 import shutil
 from dataclasses import replace
@@ -232,6 +233,21 @@ def test_rows_laid_out_in_groups_and_attention_by_its_definition_change_nothing(
     q, k, v = torch.randn(2, 4, 7, 8), torch.randn(2, 2, 7, 8), torch.randn(2, 2, 7, 8)
     stock = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
     assert torch.allclose(short_attention(q, k, v), stock, atol=1e-6)
+
+
+@torch.no_grad()
+def test_in_bf16_on_a_cpu_rows_keep_apart_and_losses_stay_near_those_of_float32(world):
+    batch, starts = world.load.collate(world.mixed), np.cumsum([0, *map(len, world.mixed)])
+    images, half = world.vlm.image_tokens(batch.images), copy.deepcopy(world.vlm)
+    half.llm.bfloat16()
+    losses, ids = half.nll(batch, images), batch.input_ids.clone()
+    whole = world.vlm.nll(batch, images)
+    assert not torch.equal(losses, whole) and torch.allclose(losses, whole, rtol=0.05)   # of about 9 nats each
+    assert (losses.mean() / whole.mean() - 1).abs() < 0.01
+    ids[starts[1]:starts[2]] //= 2
+    changed = half.nll(replace(batch, input_ids=ids), images)
+    others = batch.label_rows != 1
+    assert torch.equal(losses[others], changed[others]) and (losses[~others] != changed[~others]).any()
 
 
 @torch.no_grad()
