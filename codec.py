@@ -316,6 +316,8 @@ def checkpoint(path, prefix=''):
 
 def load_model(path, prefix, config, tensors, cls):
     """The codec with exactly the weights of the checkpoint; one missing or left over is an error."""
+    from transformers.utils import logging
+    logging.disable_progress_bar()
     where = f'{path} {prefix}'.strip()
     try:
         if tensors is None:

@@ -212,6 +212,8 @@ def load_checkpoint(folder, map_location='cpu'):
     """
     folder, reasons = Path(folder), []
     candidates = [folder.with_name(folder.name + end) for end in ('', '.prev', '.tmp')]
+    if not any(candidate.exists() for candidate in candidates):
+        raise SystemExit(f'{folder}: no checkpoint here; is this the out dir of a run, and has it saved one?')
     for candidate in candidates if candidates[2].exists() else candidates[:2]:   # .tmp: whole, if killed while moving
         wrong = damage(candidate)
         if wrong is None:

@@ -15,7 +15,6 @@ import os
 import re
 import sys
 from pathlib import Path
-from types import FunctionType, ModuleType
 
 TYPES = (bool, int, float, str, tuple, list, dict, type(None))
 
@@ -32,15 +31,14 @@ def configure(namespace, argv=None):
     if {'--help', '-h'} & set(argv):
         print_help(namespace, settings)
         raise SystemExit(0)
-    for arg in argv:
-        if arg.endswith('.py') and not arg.startswith('--'):
+    flags = {arg: flag(arg, settings) for arg in argv if arg.startswith('--') or not arg.endswith('.py')}
+    for arg in argv:                                   # a config file may take minutes: what can be wrong was checked
+        if arg in flags:
+            key, value = flags[arg]
+            new, where = {key: value}, {key: f'--{key}'}
+        else:
             new, lines = run_config(arg, settings)
             where = {key: f'{arg}:{lines.get(key, 1)}' for key in new}
-        elif match := re.fullmatch(r'--([A-Za-z][\w-]*)=(.*)', arg, re.DOTALL):
-            key, new = match[1], {match[1]: parse(match[2], settings.get(match[1]))}
-            where = {key: f'--{key}'}
-        else:
-            raise SystemExit(f'{arg}: found neither a config file (*.py) nor --key=value; see --help')
         for key, value in new.items():
             settings[key] = checked(key, value, settings, where[key])
             origin[key] = where[key]
@@ -62,6 +60,9 @@ def run_config(path, settings):
     except SyntaxError as e:
         raise SystemExit(f'{path}:{e.lineno}: not valid Python: {e.msg}')
     lines = {n.id: n.lineno for n in top_level(tree) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+    for name in lines:
+        if not name.startswith('_'):
+            known(name, settings, f'{path}:{lines[name]}')
     scratch = dict(copy.deepcopy(settings), __file__=path, __name__='config')
     path_before = list(sys.path)
     sys.path.insert(0, str(Path(__file__).resolve().parent))   # `from make_small import ensure` works from any folder
@@ -69,11 +70,8 @@ def run_config(path, settings):
         exec(compile(tree, path, 'exec'), scratch)
     finally:
         sys.path[:] = path_before
-    # a setting counts however it changed (assigned, from base import *, appended to); other names only when assigned
-    new = {k: v for k, v in scratch.items() if not k.startswith('_') and (
-        k in lines or v != settings[k] if k in settings else
-        k in lines and not isinstance(v, (ModuleType, FunctionType, type)))}
-    return new, lines
+    # a setting counts however it changed: assigned, from base import *, appended to
+    return {k: v for k, v in scratch.items() if k in settings and (k in lines or v != settings[k])}, lines
 
 
 def top_level(node):
@@ -84,22 +82,31 @@ def top_level(node):
             yield from top_level(child)
 
 
-def parse(text, current):
-    """The value of --key=text: a Python literal, or the text itself where the setting is a string."""
-    if isinstance(current, str):
-        return text
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        return text
+def flag(arg, settings):
+    """(key, value) of --key=text: a Python literal, or the text itself where the setting is a string."""
+    match = re.fullmatch(r'--([A-Za-z][\w-]*)=(.*)', arg, re.DOTALL)
+    if not match:
+        raise SystemExit(f'{arg}: found neither a config file (*.py) nor --key=value; see --help')
+    key, value = match.groups()
+    known(key, settings, f'--{key}')
+    if not isinstance(settings[key], str):
+        try:
+            value = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            pass                                       # checked() says what it is and what was wanted
+    return key, checked(key, value, settings, f'--{key}')
 
 
-def checked(key, value, settings, where):
+def known(key, settings, where):
     if key not in settings:
         near = difflib.get_close_matches(key, settings, 1)
         raise SystemExit(f'{where}: no setting is called {key!r}' + (
             f', did you mean {near[0]!r}?' if near else
             f"; see --help, and call a config file's own names like {'_' + key!r}"))
+
+
+def checked(key, value, settings, where):
+    """The value as the setting's type, an int as a float where one is wanted, or one line."""
     wanted = type(settings[key])
     if wanted is float and type(value) is int:
         return float(value)

@@ -358,8 +358,10 @@ def ensure(*parts, root=ROOT):
         if part not in MODELS:
             build(part, root)
     code = 'import sys, make_small; make_small.build(sys.argv[1], make_small.Path(sys.argv[2]))'
+    quiet = {'HF_HUB_DISABLE_PROGRESS_BARS': '1', 'TRANSFORMERS_VERBOSITY': 'error'}
     children = [subprocess.Popen([sys.executable, '-c', code, part, str(root)], cwd=Path(__file__).resolve().parent,
-                                 env={**os.environ, 'OMP_NUM_THREADS': '1'}) for part in missing if part in MODELS]
+                                 env={**os.environ, 'OMP_NUM_THREADS': '1', **quiet})
+                for part in missing if part in MODELS]
     if any([child.wait() for child in children]):
         raise SystemExit(f'{root}: a base model could not be made, its own message is above; run again to go on')
     return Path(os.path.relpath(root))

@@ -437,8 +437,8 @@ def generate(llm, prompts, max_new_tokens, stop_ids, temperature=0.0, top_p=1.0,
     cache, stops = DynamicCache(config=llm.config), set(stop_ids)
     out, live = [[] for _ in prompts], set(range(len(prompts)))
     for _ in range(max_new_tokens):
-        hidden = llm.model(inputs_embeds=embeds, attention_mask=mask, position_ids=positions, past_key_values=cache,
-                           use_cache=True).last_hidden_state[:, -1]
+        hidden = llm.model(None, mask, positions, cache,        # by place: transformers 5.2x renamed the last of them
+                           inputs_embeds=embeds, use_cache=True).last_hidden_state[:, -1]
         ids = pick(llm.lm_head(hidden), temperature, top_p, generators)                              # (B,)
         for row, token in enumerate(ids.tolist()):
             if row in live and token in stops:

@@ -243,8 +243,8 @@ def write_codes(lm, grammar, task, prompts, temperature=1.0, top_k=0, top_p=1.0,
         embeds, mask, positions = left_padded([lm.embed(torch.from_numpy(s).long().to(device)) for s in starts])
         cache, out = DynamicCache(config=lm.llm.config), []
         for index in grammar.payload_ranges[TASKS[task][0]].tolist():
-            hidden = lm.llm.model(inputs_embeds=embeds, attention_mask=mask, position_ids=positions,
-                                  past_key_values=cache, use_cache=True).last_hidden_state[:, -1]
+            hidden = lm.llm.model(None, mask, positions, cache,     # by place: see generate in model.py
+                                  inputs_embeds=embeds, use_cache=True).last_hidden_state[:, -1]
             logits = lm.range_logits(index, hidden).float()                                     # (B or 2 B, size)
             if guidance != 1:
                 conditional, unconditional = logits.chunk(2)

@@ -86,8 +86,8 @@ def test_a_config_computes_from_earlier_settings_imports_from_the_repository_and
     monkeypatch.setattr(sys, 'path', [p for p in sys.path if p != str(REPO)])
     monkeypatch.delitem(sys.modules, 'gates', raising=False)
     path = config('import math\nfrom os import path as p\nimport gates\n_half = batch_size // 2\n'
-                  'def double(x):\n    y = 2 * x\n    return y\nclass Thing:\n    size = 3\ntriple = lambda x: 3 * x\n'
-                  'batch_size = double(_half) + triple(Thing.size)\nlearning_rate = math.sqrt(4)\n'
+                  'def double(x):\n    y = 2 * x\n    return y\nclass Thing:\n    size = 3\n_triple = lambda x: 3 * x\n'
+                  'batch_size = double(_half) + _triple(Thing.size)\nlearning_rate = math.sqrt(4)\n'
                   'out_dir = p.join(*[part for part in ("a", "b")])\nresume = gates.at_most("", 1, 2).passed\n')
     namespace, before = script(), list(sys.path)
     configure(namespace, ['--batch_size=8', path])
@@ -99,6 +99,19 @@ def test_a_loop_variable_or_helper_of_a_config_needs_an_underscore():
     assert refusal(config('for i in range(3):\n    pass\n')).startswith("a.py:1: no setting is called 'i'")
     assert refusal(config('helper = 3\n')).startswith("a.py:1: no setting is called 'helper'")
     assert configure(script(), [config('for _i in range(3):\n    batch_size = _i\n')])['batch_size'] == 2
+
+
+@pytest.mark.parametrize('typo', ['batch_sise = 3', 'batch_size = batch_sise = 3', 'for i in ():\n    pass'])
+def test_a_typo_is_met_before_the_config_runs(typo):
+    path = config(f'open("ran", "w")\n{typo}\n')
+    assert refusal(path).startswith('a.py:2: no setting is called')
+    assert not os.path.exists('ran')
+
+
+@pytest.mark.parametrize('argument', ['--batch_sise=3', '--batch_size=three', '--batch_size', 'batch_size=3'])
+def test_a_wrong_argument_is_met_before_the_config_before_it_runs(argument):
+    refusal(config('open("ran", "w")\n'), argument)
+    assert not os.path.exists('ran')
 
 
 def test_the_refusal_of_a_helper_says_how_to_name_it():

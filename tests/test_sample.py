@@ -57,7 +57,7 @@ def test_bad_input_gets_one_line(aligned, args, found):  # noqa: F811
 
 def test_a_folder_without_a_checkpoint_is_said(tmp_path):
     done = run_script('sample.py', tmp_path, '--image', 'none.png')
-    assert done.returncode == 1 and 'no whole checkpoint' in done.stderr and 'Traceback' not in done.stderr
+    assert done.returncode == 1 and 'no checkpoint here' in done.stderr and 'Traceback' not in done.stderr
 
 
 # -----------------------------------------------------------------------------
@@ -178,7 +178,7 @@ def test_a_damaged_export_or_another_base_model_is_refused_in_one_line(left, tin
     with pytest.raises(SystemExit, match='was trained on other frozen weights'):
         load_exported(left['a2'], llm=str(tmp_path / 'llm'))
     done = run_script('sample.py', tmp_path / 'a2', '--export', tmp_path / 'out')
-    assert 'no whole checkpoint' in done.stderr and not (tmp_path / 'out').exists()
+    assert 'no checkpoint here' in done.stderr and not (tmp_path / 'out').exists()
 
 
 def test_export_refuses_another_base_and_goes_alone(aligned, tiny, tmp_path):  # noqa: F811
