@@ -62,7 +62,7 @@ n_checked = 64                 # media of each modality that are decoded, and en
 device = 'auto'
 batch_size = 32                # media encoded at once: memory and speed only, the ids stay the same
 workers = 4                    # threads that read media files
-config = configure(globals())
+config = configure(globals(), required=('audit_dir', 'llm'))
 # -----------------------------------------------------------------------------
 
 # ranks

@@ -122,16 +122,28 @@ def sync_folder(folder):
     os.close(handle)
 
 
+@contextmanager
+def writing(path):
+    """A full disk, or a folder that is not ours, ends the run with one line that names what was to be written."""
+    try:
+        yield
+    except (OSError, SafetensorError) as e:
+        hint = 'name another folder' if isinstance(e, PermissionError) else 'is the disk full?'
+        raise SystemExit(f'{path}: cannot write here, {hint} ({str(e).splitlines()[0]})')
+
+
 def write_atomic(path, content):
     """Write text or bytes beside their place, flush to disk, rename: readers see the old or the new, never half."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(path.name + '.tmp')
-    with open(beside, 'wb') as f:
-        f.write(content.encode() if isinstance(content, str) else content)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(beside, path)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(beside, 'wb') as f:
+            f.write(content.encode() if isinstance(content, str) else content)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(beside, path)
+
 
 
 def require_vacant(folder):
@@ -149,18 +161,17 @@ def whole_folder(folder):
     folder = Path(folder)
     beside = folder.with_name(folder.name + '.tmp')
     try:
-        shutil.rmtree(beside, ignore_errors=True)
-        beside.mkdir(parents=True)
-        yield beside
-        for path in (p for p in beside.rglob('*') if p.is_file()):
-            path.chmod(0o644)                          # safetensors writes 0600
-            with open(path, 'rb') as f:
-                os.fsync(f.fileno())
-        sync_folder(beside)
-        os.replace(beside, folder)
-        sync_folder(folder.parent)
-    except (OSError, SafetensorError) as e:
-        raise SystemExit(f'{folder}: cannot write here, is the disk full? ({str(e).splitlines()[0]})')
+        with writing(folder):
+            shutil.rmtree(beside, ignore_errors=True)
+            beside.mkdir(parents=True)
+            yield beside
+            for path in (p for p in beside.rglob('*') if p.is_file()):
+                path.chmod(0o644)                      # safetensors writes 0600
+                with open(path, 'rb') as f:
+                    os.fsync(f.fileno())
+            sync_folder(beside)
+            os.replace(beside, folder)
+            sync_folder(folder.parent)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
 
@@ -186,8 +197,10 @@ def save_checkpoint(folder, tensors, meta):
                 os.fsync(f.fileno())
         sync_folder(beside)
     except (OSError, RuntimeError) as e:               # torch's writer has its own words for a full disk
+        shutil.rmtree(beside, ignore_errors=True)
+        before = 'the one before it is whole' if folder.exists() else 'there is none before it'
         raise SystemExit(f'{folder}: cannot write this checkpoint, is the disk full? ({str(e).splitlines()[0]}); '
-                         'the one before it is whole')
+                         f'{before}')
     if folder.exists():
         shutil.rmtree(previous, ignore_errors=True)
         os.replace(folder, previous)
@@ -328,7 +341,7 @@ class Log:
 
     def write(self, kind, **record):
         if self.active:
-            with open(self.path, 'a') as f:
+            with writing(self.path), open(self.path, 'a') as f:
                 f.write(json.dumps({'kind': kind, **record}) + '\n')
         if self.board is not None and kind in ('step', 'eval'):
             for name, value in record.items():

@@ -1,7 +1,7 @@
 """
 Settings: the bare globals at the top of a script, overridden in order by config files and --key=value.
 
-    config = configure(globals())
+    config = configure(globals(), required=('data_json', 'llm'))
 
 A setting is a lower-case global that holds a literal; CAPITALS, functions, classes and _names are not settings. A
 config file is Python, run on a scratch copy of the settings: it may compute, import and call. Only names that the
@@ -19,11 +19,12 @@ from pathlib import Path
 TYPES = (bool, int, float, str, tuple, list, dict, type(None))
 
 
-def configure(namespace, argv=None):
+def configure(namespace, argv=None, required=()):
     """Override the settings in `namespace` (a script's globals()) from the command line; returns them as a dict.
 
     argv: config files (*.py) and --key=value, later ones win; sys.argv[1:] by default. --help prints the settings and
-    exits. Raises SystemExit with one line, `configs/a1.py:2: no setting is called ...`, for a wrong name, type or file.
+    exits. required: settings that must not stay ''. Raises SystemExit with one line, `configs/a1.py:2: no setting is
+    called ...`, for a wrong name, type or file.
     """
     argv = sys.argv[1:] if argv is None else argv
     settings = {k: v for k, v in namespace.items() if k.islower() and k[0] != '_' and isinstance(v, TYPES)}
@@ -42,6 +43,10 @@ def configure(namespace, argv=None):
         for key, value in new.items():
             settings[key] = checked(key, value, settings, where[key])
             origin[key] = where[key]
+    if missing := [key for key in required if settings[key] == '']:
+        script = Path(namespace.get('__file__', 'this script')).name
+        raise SystemExit(f'{missing[0]} is not set: give {script} a config file (see configs/) or --{missing[0]}=...; '
+                         '--help prints the settings')
     namespace.update(settings)
     for key in origin:
         if settings[key] != defaults[key] and os.environ.get('RANK', '0') == '0':
@@ -102,7 +107,7 @@ def known(key, settings, where):
         near = difflib.get_close_matches(key, settings, 1)
         raise SystemExit(f'{where}: no setting is called {key!r}' + (
             f', did you mean {near[0]!r}?' if near else
-            f"; see --help, and call a config file's own names like {'_' + key!r}"))
+            f"; is this a config for another script? See --help, and call a config's own names like {'_' + key!r}"))
 
 
 def checked(key, value, settings, where):
@@ -126,5 +131,5 @@ def print_help(namespace, settings):
         match = re.match(r'\s*([A-Za-z]\w*) = ', line)
         if match and match[1] in settings:
             print('  ' + line.strip())
-        if re.search(r'\bconfigure\(globals\(\)\)', line):
+        if re.search(r'\bconfigure\(globals\(\)', line):
             break

@@ -179,6 +179,8 @@ def require_passed(folder, allow_failed_gates):
     """A stage takes only an input whose gates passed, unless the user says otherwise."""
     path = Path(folder) / 'gates.json'
     problem = None
+    if not Path(folder).is_dir():
+        raise SystemExit(f'{folder}: no such folder; run the stage that writes it first')
     if not path.exists():
         problem = 'has no gates.json: its stage did not finish'
     else:

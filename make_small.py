@@ -369,13 +369,15 @@ def ensure(*parts, root=ROOT):
 
 def build(part, root):
     """Make one part in a folder beside its place and rename it when it is whole; others that want it wait."""
-    root.mkdir(parents=True, exist_ok=True)
-    with FileLock(root / f'.{part}.lock'):
-        if not (root / part).exists():
-            beside = root / f'{part}.tmp'
-            shutil.rmtree(beside, ignore_errors=True)
-            PARTS[part][1](beside)
-            os.replace(beside, root / part)
+    from common import writing                         # and torch with it: only when something is to be made
+    with writing(root / part):
+        root.mkdir(parents=True, exist_ok=True)
+        with FileLock(root / f'.{part}.lock'):
+            if not (root / part).exists():
+                beside = root / f'{part}.tmp'
+                shutil.rmtree(beside, ignore_errors=True)
+                PARTS[part][1](beside)
+                os.replace(beside, root / part)
 
 
 # -----------------------------------------------------------------------------

@@ -9,6 +9,7 @@ each row. Only attention needs rows apart; there, and only there, they are laid 
 """
 import hashlib
 import json
+import warnings
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -34,6 +35,7 @@ from data import BadSample, Item, Template, read_image
 # loading what stays frozen
 
 logging.disable_progress_bar()
+warnings.filterwarnings('ignore', '`is_gradient_checkpointing` is deprecated')   # peft's call, not a reader's concern
 logging.set_verbosity_error()                          # its load report lists the text tower; check_loaded is stricter
 
 

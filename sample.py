@@ -25,7 +25,7 @@ import soundfile
 from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
 from PIL import Image
 
-from common import frozen_dtype, init_ranks, load_checkpoint, require_vacant
+from common import frozen_dtype, init_ranks, load_checkpoint, require_vacant, writing
 from data import read_audio, read_image
 from export import export_graft, export_tokens
 from model import Speaker, load_tokenizer, load_vlm, require_frozen
@@ -63,6 +63,9 @@ if bool(args.image or args.audio or args.draw or args.sound) == bool(args.export
 
 if args.export:
     require_vacant(args.export)
+if args.draw or args.sound:
+    with writing(args.to):
+        Path(args.to).mkdir(parents=True, exist_ok=True)
 
 # the model, as its checkpoint describes it
 _, _, device = init_ranks('cpu' if args.export else args.device)
@@ -137,15 +140,17 @@ if stage in ('b3', 'b4'):
             room = settings['max_seq_len'] - grammar.length(kind) - 3
             ids = codecs.encode_text(text)[:room]      # as training cuts a prompt
             codes = write_codes(lm, grammar, task, [ids] * args.n, temperature, 0, args.top_p, guidance, seeds)
-            Path(args.to).mkdir(parents=True, exist_ok=True)
             for seed, one in zip(seeds, codes):
                 file = Path(args.to) / (f'draw_{k}_{seed}.png' if kind == 'image' else f'sound_{k}_{seed}.wav')
                 if kind == 'image':
                     made = codecs.decode_image(one[None], [{'size': space.image['size']}])[0]
-                    Image.fromarray(made.transpose(1, 2, 0)).save(file)
+                    with writing(file):
+                        Image.fromarray(made.transpose(1, 2, 0)).save(file)
                 else:
                     whole = {'n_samples': space.audio['samples'], 'sample_rate': space.audio['sample_rate']}
-                    soundfile.write(file, codecs.decode_audio(one[None], [whole])[0], space.audio['sample_rate'])
+                    made = codecs.decode_audio(one[None], [whole])[0]
+                    with writing(file):
+                        soundfile.write(file, made, space.audio['sample_rate'])
                 answer({kind: str(file)}, text, seed=seed)
     sys.exit(0)
 

@@ -27,7 +27,7 @@ grid = {'learning_rate': [5e-5, 1e-4, 2e-4], 'vision_ln': [False, True]}   # set
 overrides = {}                 # more settings for every run, a shorter epoch for example
 nproc_per_node = 1             # GPUs of each run; the runs follow one another
 score_weight = 0.1             # score = held-out loss - score_weight * (d_shuffle + d_zero): lower is better
-config = configure(globals())
+config = configure(globals(), required=('base_config',))
 # -----------------------------------------------------------------------------
 
 lock, out = lock_run(out_dir), Path(out_dir)

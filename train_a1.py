@@ -76,7 +76,7 @@ feature_cache = ''             # folder for the tower's features, each image onc
 workers = 2                    # threads that decode images
 log_every = 20
 tensorboard = False            # True: the log's numbers in out_dir/tensorboard too; needs the package tensorboard
-config = configure(globals())
+config = configure(globals(), required=('data_json', 'image_root', 'llm', 'vision'))
 # -----------------------------------------------------------------------------
 
 # ranks

@@ -83,7 +83,7 @@ device = 'auto'
 dtype = 'auto'                 # of the frozen weights: bfloat16 on CUDA, float32 on CPU; what is trained is float32
 log_every = 20
 tensorboard = False            # True: the log's numbers in out_dir/tensorboard too; needs the package tensorboard
-config = configure(globals())
+config = configure(globals(), required=('shards_dir', 'llm', 'text_jsonl'))
 # -----------------------------------------------------------------------------
 
 # ranks

@@ -408,7 +408,7 @@ if __name__ == '__main__':
     gate_log_mel_rise = 0.05       # of the baseline's
     # machine
     device = 'auto'
-    config = configure(globals())
+    config = configure(globals(), required=('llm',))
     # -----------------------------------------------------------------------------
 
     lock, out = lock_run(out_dir), Path(out_dir)

@@ -311,7 +311,7 @@ def test_bad_media_are_skipped_with_a_reason_and_capped(build, world, tmp_path):
 @pytest.mark.parametrize('change, found', [
     ('--n_golden=40', 'of 40 golden; add data or change eval_share and n_golden'),
     ('--manifests=("none.jsonl",)', 'none.jsonl: cannot read this manifest'),
-    ('--audit_dir=none', 'none has no gates.json: its stage did not finish')])
+    ('--audit_dir=none', 'none: no such folder; run the stage')])
 def test_bad_input_gets_one_line(build, tmp_path, change, found):
     line, _ = build(tmp_path, change)
     one_line(line, found)

@@ -191,6 +191,15 @@ def test_the_line_printed_is_that_of_the_last_assignment_outside_functions(text,
     assert f'# a.py:{line}, default 16' in capsys.readouterr().out
 
 
+def test_a_required_setting_that_stayed_empty_is_named_with_what_to_do():
+    namespace = {**script(), 'out_dir': '', '__file__': '/somewhere/train_x.py'}
+    with pytest.raises(SystemExit) as e:
+        configure(namespace, ['--batch_size=3'], required=('learning_rate', 'out_dir'))
+    assert e.value.code == ('out_dir is not set: give train_x.py a config file (see configs/) or --out_dir=...; --help '
+                            'prints the settings')
+    assert configure(script(), ['--batch_size=3'], required=('learning_rate', 'out_dir'))['batch_size'] == 3
+
+
 def test_help_prints_the_docstring_and_the_settings_with_their_comments_and_exits_0(capsys, monkeypatch):
     path = config('"""\nStage Z: does nothing.\n"""\nfrom configure import configure\n\n_hidden = 1\n'
                   'batch_size = 16            # rows per rank\nout_dir = "out"\n'

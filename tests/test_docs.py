@@ -14,7 +14,7 @@ CONFIGS = sorted((REPO / 'configs').glob('*.py'))
 
 
 def settings_of(script):
-    """A script's settings, as its source says them: what stands above `configure(globals())`."""
+    """A script's settings, as its source says them: what stands above `config = configure(...)`."""
     tree, found = ast.parse((REPO / script).read_text()), {}
     for node in ast.walk(tree):
         if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
@@ -25,6 +25,13 @@ def settings_of(script):
             except ValueError:
                 pass
     return {k: v for k, v in found.items() if k.islower()}
+
+
+@pytest.mark.parametrize('script', SCRIPTS.values())
+def test_a_script_without_a_config_says_what_it_wants_and_leaves_no_folder(script, tmp_path):
+    done = subprocess.run([sys.executable, REPO / script], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 1 and f'is not set: give {script} a config file' in done.stderr
+    assert len(done.stderr.splitlines()) == 1 and not any(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize('path', CONFIGS, ids=lambda p: p.name)

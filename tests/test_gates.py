@@ -139,6 +139,8 @@ def test_a_stage_takes_only_an_input_whose_gates_passed(tmp_path):
         return e.value.code
     mend = '; mend it, or set allow_failed_gates = True to go on all the same'
     assert refusal() == f'{tmp_path} has no gates.json: its stage did not finish{mend}'
+    with pytest.raises(SystemExit, match='gone: no such folder; run the stage that writes it first'):
+        require_passed(tmp_path / 'gone', True)
     conclude(tmp_path, [GOOD, BAD])
     assert refusal() == f'{tmp_path} failed its gate "share answered"{mend}'
     conclude(tmp_path, [BAD, GOOD, BAD])

@@ -10,6 +10,7 @@ import corpus
 import make_small as m
 import world as w
 from data import read_texts
+from test_common import no_file_larger_than
 
 
 def test_captions_fill_all_three_length_buckets(tiny):
@@ -210,3 +211,13 @@ def test_what_a_run_drew_and_sounded_is_scored_by_what_is_seen_and_heard(tmp_pat
     tally = m.score_tokens(out, tmp_path)
     assert {name: right / asked for name, (right, asked) in tally.items()} == {
         'i2t': 1, 'a2t': 0.8, 't2i': 1, 't2a': 0.8, 'i2t first': 0, 'i2t last': 1, 'a2t first': 0, 'a2t last': 0.8}
+
+
+def test_a_full_disk_ends_a_part_with_one_line_and_the_next_start_makes_it_whole(tmp_path, monkeypatch):
+    monkeypatch.setitem(m.PARTS, 'captions', ((), lambda folder: m.make_captions(folder, n=20)))
+    with no_file_larger_than(100), pytest.raises(SystemExit) as e:
+        m.ensure('captions', root=tmp_path)
+    assert e.value.code == f'{tmp_path}/captions: cannot write here, is the disk full? ([Errno 27] File too large)'
+    assert not (tmp_path / 'captions').exists()
+    m.ensure('captions', root=tmp_path)
+    assert len(list((tmp_path / 'captions' / 'images').iterdir())) == 20

@@ -184,7 +184,7 @@ def test_two_ranks_are_one_run(config, straight, tmp_path):
                                    [r[key] for r in read_log(straight[0], 'eval')], rtol=1e-3)
 
 
-@pytest.mark.parametrize('change, found', [('--align_dir=nowhere', 'nowhere has no gates.json'),
+@pytest.mark.parametrize('change, found', [('--align_dir=nowhere', 'nowhere: no such folder'),
                                            ('--text_jsonl=nowhere', 'nowhere: cannot read this text file'),
                                            ('--lora_targets=nothing', 'lora_targets')])
 def test_bad_input_gets_one_line(config, tmp_path, change, found):

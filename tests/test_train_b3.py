@@ -240,7 +240,7 @@ def test_shards_of_another_token_space_are_refused(config, straight, tiny, tmp_p
 
 @pytest.mark.parametrize('change, found', [
     ("--task_weights={'i2t': 1.0, 'i2x': 1.0}", 'wanted shares of the tasks that this token space has codes for'),
-    ('--shards_dir=nowhere', 'nowhere has no gates.json'),
+    ('--shards_dir=nowhere', 'nowhere: no such folder'),
     ('--max_seq_len=6', 'max_seq_len = 6 leaves no room for text')])
 def test_bad_input_gets_one_line(config, tmp_path, change, found):
     done = run_script('train_b3.py', config, f'--out_dir={tmp_path}', change)

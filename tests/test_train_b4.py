@@ -260,7 +260,7 @@ def test_full_tuning_trains_the_layers_and_leaves_a_whole_model(b4_config, tmp_p
 
 
 @pytest.mark.parametrize('change, found', [
-    ('--rows_dir=nowhere', 'nowhere has no gates.json'),
+    ('--rows_dir=nowhere', 'nowhere: no such folder'),
     ("--task_weights={'i2x': 1.0}", 'wanted shares of the tasks that this token space has codes for'),
     ('--lora_targets=nothing', 'lora_targets'),
     ('--prompt_dropout=1.0', 'wanted shares from 0 to below 1')])
