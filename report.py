@@ -702,5 +702,5 @@ def write_report(folder):
         try:
             write_atomic(place, text.encode('utf-8', 'replace'))
             print(place, file=sys.stderr)
-        except OSError as e:
-            print(f'{place}: cannot write the page ({e.strerror})', file=sys.stderr)
+        except SystemExit as e:                        # the verdict stands without its page
+            print(e.code, file=sys.stderr)

@@ -288,7 +288,7 @@ def test_the_exit_status_is_that_of_the_gates(copy, monkeypatch, capsys):
 def test_a_page_that_cannot_be_written_leaves_the_exit_status_as_it_is(copy, monkeypatch, capsys):
     (copy / 'a2_small' / 'report.html').mkdir()
     assert gates_py(monkeypatch, copy / 'a2_small') == (0, '')
-    assert 'cannot write the page' in capsys.readouterr().err
+    assert 'report.html: cannot write here' in capsys.readouterr().err
 
 
 def test_one_stage_has_a_page_of_its_own(copy, monkeypatch):
