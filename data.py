@@ -586,9 +586,8 @@ def write_shard(folder, name, space, media, items, **more):
     try:
         write_atomic(Path(folder) / f'{name}.safetensors', body)
         write_sealed(Path(folder) / f'{name}.json', side)
-    except OSError as e:
-        raise SystemExit(f'{folder}/{name}: cannot write this shard ({e.strerror}); make room and start again, the '
-                         'finished ones are kept')
+    except SystemExit as e:
+        raise SystemExit(f'{e.code}; mend that and start again, the finished shards are kept')
     return side
 
 
