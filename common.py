@@ -145,7 +145,6 @@ def write_atomic(path, content):
         os.replace(beside, path)
 
 
-
 def require_vacant(folder):
     """Exit with one line when `folder` is anything but absent or empty."""
     folder = Path(folder)
@@ -198,7 +197,7 @@ def save_checkpoint(folder, tensors, meta):
         sync_folder(beside)
     except (OSError, RuntimeError) as e:               # torch's writer has its own words for a full disk
         shutil.rmtree(beside, ignore_errors=True)
-        before = 'the one before it is whole' if folder.exists() else 'there is none before it'
+        before = 'the one before it is whole' if has_checkpoint(folder) else 'there is none before it'
         raise SystemExit(f'{folder}: cannot write this checkpoint, is the disk full? ({str(e).splitlines()[0]}); '
                          f'{before}')
     if folder.exists():

@@ -33,7 +33,7 @@ def configure(namespace, argv=None, required=()):
         print_help(namespace, settings)
         raise SystemExit(0)
     flags = {arg: flag(arg, settings) for arg in argv if arg.startswith('--') or not arg.endswith('.py')}
-    for arg in argv:                                   # a config file may take minutes: what can be wrong was checked
+    for arg in argv:                                   # checked above: a config file may run for minutes
         if arg in flags:
             key, value = flags[arg]
             new, where = {key: value}, {key: f'--{key}'}

@@ -104,7 +104,8 @@ def test_a_full_disk_gets_one_line_and_leaves_no_half_of_a_shard(tmp_path):
             write_shard(tmp_path, 'x', SPACE, [('p', 'image', np.zeros(1000, np.int32))], [])
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    one_line(e.value, f'{tmp_path}/x.safetensors: cannot write here, is the disk full?')
+    one_line(e.value, f'{tmp_path}/x.safetensors: cannot write here, is the disk full? ([Errno 27] File '
+             'too large); mend that and start again, the finished shards are kept')
     assert not list(tmp_path.glob('x.safetensors')) and not list(tmp_path.glob('x.json'))
 
 
