@@ -25,7 +25,7 @@ small-b: out/b1_small/done out/b2_small/done out/b3_small/done out/b4_small/done
 
 out/a1_small/done: $(venv)                # A1: connector alignment
 	$(python) train_a1.py configs/a1_small.py --resume=True
-	$(python) make_small.py --score=out/a1_small
+	$(python) -m small.make --score=out/a1_small
 	touch $@
 
 out/a11_small/done: out/a1_small/done     # A1.1: stability sweep
@@ -34,7 +34,7 @@ out/a11_small/done: out/a1_small/done     # A1.1: stability sweep
 
 out/a2_small/done: out/a1_small/done      # A2: visual instruction tuning
 	$(python) train_a2.py configs/a2_small.py --resume=True
-	$(python) make_small.py --score=out/a2_small
+	$(python) -m small.make --score=out/a2_small
 	touch $@
 
 out/b1_small/done: $(venv)                # B1: token space and codecs, audited
@@ -51,7 +51,7 @@ out/b3_small/done: out/b2_small/done      # B3: rows for the new tokens
 
 out/b4_small/done: out/b3_small/done      # B4: multimodal token pretraining
 	$(python) train_b4.py configs/b4_small.py --resume=True
-	$(python) make_small.py --score=out/b4_small
+	$(python) -m small.make --score=out/b4_small
 	touch $@
 
 test: $(venv)                             # minutes; what CI runs

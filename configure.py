@@ -70,7 +70,7 @@ def run_config(path, settings):
             known(name, settings, f'{path}:{lines[name]}')
     scratch = dict(copy.deepcopy(settings), __file__=path, __name__='config')
     path_before = list(sys.path)
-    sys.path.insert(0, str(Path(__file__).resolve().parent))   # `from make_small import ensure` works from any folder
+    sys.path.insert(0, str(Path(__file__).resolve().parent))   # `from small.make import ensure` works from any folder
     try:
         exec(compile(tree, path, 'exec'), scratch)
     finally:

@@ -224,6 +224,6 @@ def report_card(folder):
 if __name__ == '__main__':
     if len(sys.argv) != 2 or sys.argv[1].startswith('-'):
         raise SystemExit(__doc__.strip())
-    from report import write_report                    # only here: it stands above this module
+    from tools.report import write_report                    # only here: it stands above this module
     write_report(sys.argv[1])
     sys.exit(0 if report_card(sys.argv[1]) else 1)

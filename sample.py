@@ -27,9 +27,9 @@ from PIL import Image
 
 from common import frozen_dtype, init_ranks, load_checkpoint, require_vacant, writing
 from data import read_audio, read_image
-from export import export_graft, export_tokens
+from tools.export import export_graft, export_tokens
 from model import Speaker, load_tokenizer, load_vlm, require_frozen
-from tokens import load_token_lm, read_text, write_codes
+from token_model import load_token_lm, read_text, write_codes
 from uti import UTI, Grammar, TokenSpace, tokenizer_sha256
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

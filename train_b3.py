@@ -29,7 +29,7 @@ from common import (Log, StopSignal, all_gather, all_sum, check_resumable, epoch
 from configure import configure
 from data import Loader, Template, contact_sheet, mixture, read_shards, read_texts, token_row
 from model import load_tokenizer
-from tokens import (export, export_difference, load_token_lm, random_media, read_text, row_losses, save_rows,
+from token_model import (export, export_difference, load_token_lm, random_media, read_text, row_losses, save_rows,
                     swapped_media, text_difference, training_bytes, write_codes)
 from uti import TASKS, UTI, Grammar, TokenSpace, tokenizer_sha256
 

@@ -32,7 +32,7 @@ from common import (Log, StopSignal, all_gather, all_sum, check_resumable, epoch
 from configure import configure
 from data import Curriculum, Template, contact_sheet, ramped, read_shards, read_texts, token_row, with_prompt
 from model import load_tokenizer
-from tokens import (export, load_rows, load_token_lm, random_media, read_text, row_losses, row_sums, save_rows,
+from token_model import (export, load_rows, load_token_lm, random_media, read_text, row_losses, row_sums, save_rows,
                     swapped_media, swapped_prompts, write_codes)
 from uti import TASKS, UTI, Grammar, TokenSpace, tokenizer_sha256
 

@@ -371,7 +371,7 @@ if __name__ == '__main__':
     import gates
     from configure import configure
     from data import Ledger, inside, read_audio, read_image, read_llava
-    from world import Scene, Sound, Thing, agreement, hear, see
+    from small.world import Scene, Sound, Thing, agreement, hear, see
 
     # -----------------------------------------------------------------------------
     # settings; override any with a config file or --key=value

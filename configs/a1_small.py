@@ -1,6 +1,6 @@
 # The small world's A1: a Qwen3 of 0.9 M that never saw a picture learns to caption, on two CPU cores.
 # $ python train_a1.py configs/a1_small.py
-from make_small import ensure, half_dtype
+from small.make import ensure, half_dtype
 
 _small = ensure('captions', 'llm', 'vision')
 data_json = f'{_small}/captions/data.json'

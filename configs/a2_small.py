@@ -1,6 +1,6 @@
 # The small world's A2: the aligned model learns to answer questions about a picture.
 # $ python train_a2.py configs/a2_small.py
-from make_small import ensure, half_dtype
+from small.make import ensure, half_dtype
 
 _small = ensure('instruct', 'text')
 data_json = f'{_small}/instruct/data.json'

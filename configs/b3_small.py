@@ -1,7 +1,7 @@
 # The small world's new rows: a frozen Qwen3 of 0.9 M learns what the codes of pictures and sounds mean.
 # $ python train_b3.py configs/b3_small.py
 # About 2 CPU minutes.
-from make_small import ensure, half_dtype
+from small.make import ensure, half_dtype
 
 _small = ensure('text', 'llm', 'image_codec', 'audio_codec')
 shards_dir = 'out/b2_small'

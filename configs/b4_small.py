@@ -1,6 +1,6 @@
 # The small world's B4: LoRA and the new rows learn to draw and to sound, and go on describing.
 # $ python train_b4.py configs/b4_small.py
-from make_small import ensure, half_dtype
+from small.make import ensure, half_dtype
 
 _small = ensure('text', 'llm', 'image_codec', 'audio_codec')
 shards_dir = 'out/b2_small'

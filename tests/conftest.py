@@ -32,7 +32,7 @@ def tiny(tmp_path_factory):
     """A folder with captions/, instruct/, text/, llm/, vision/: 200 pictures, a 2-layer Qwen3 and a 2-layer SigLIP."""
     from transformers import Qwen3Config, Qwen3ForCausalLM, SiglipConfig, SiglipImageProcessorPil, SiglipModel
 
-    import make_small
+    from small import make as make_small
     from data import read_texts
     root = tmp_path_factory.mktemp('tiny')
     make_small.make_captions(root / 'captions', n=200)

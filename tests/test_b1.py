@@ -8,7 +8,7 @@ import torch
 from conftest import REPO, run_script
 
 import gates
-import make_small
+from small import make as make_small
 import uti
 from data import BadSample, read_audio, resample
 
@@ -104,7 +104,7 @@ def test_a_truncated_flac_is_noticed(tmp_path):
 @pytest.fixture(scope='module')
 def world_b(tiny, tmp_path_factory):
     """A folder with captions/, sounds/, llm/, image_codec/ and audio_codec/, made of less than the small world's."""
-    import small_codecs
+    from small import codecs as small_codecs
     root = tmp_path_factory.mktemp('b')
     make_small.make_sounds(root / 'sounds', n=40)
     small_codecs.make_image_codec(root / 'image_codec', n_pictures=300, n_tested=32)
@@ -120,7 +120,7 @@ def both(world_b):
 
 
 def clips(n, seed=0):
-    import world
+    from small import world
     rng = np.random.default_rng(seed)
     return [world.play(world.random_sound(rng), rng) for _ in range(n)]
 

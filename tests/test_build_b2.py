@@ -23,7 +23,7 @@ from transformers import AutoTokenizer, Qwen3Config
 
 import common
 import gates
-import make_small
+from small import make as make_small
 import uti
 from data import Ledger, read_audio, read_index, read_manifest, read_shards, read_sound_folder
 from uti import TokenSpace

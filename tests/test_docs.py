@@ -36,7 +36,7 @@ def test_a_script_without_a_config_says_what_it_wants_and_leaves_no_folder(scrip
 
 @pytest.mark.parametrize('path', CONFIGS, ids=lambda p: p.name)
 def test_every_config_is_accepted_by_its_script(path, monkeypatch):
-    import make_small
+    from small import make as make_small
     from configure import configure
     monkeypatch.setattr(make_small, 'ensure', lambda *parts: Path('data/small'))
     script = SCRIPTS[path.stem.split('_')[0]]
@@ -50,7 +50,7 @@ def test_every_config_is_accepted_by_its_script(path, monkeypatch):
 
 def commands():
     """Every `$ ` line of the README, the pages, the docstrings and the configs, with the file that it is in."""
-    for path in [REPO / 'README.md', *sorted((REPO / 'docs').glob('*.md')), *sorted(REPO.glob('*.py')), *CONFIGS]:
+    for path in [REPO / 'README.md', *sorted((REPO / 'docs').glob('*.md')), *sorted(REPO.glob('*.py')), *sorted(REPO.glob('small/*.py')), *sorted(REPO.glob('tools/*.py')), *CONFIGS]:
         for line in path.read_text().splitlines():
             match = re.match(r'\s*(?:# )?\$ (.+)', line)
             if match:

@@ -14,9 +14,9 @@ from transformers import Qwen3Config, Qwen3ForCausalLM, SiglipVisionConfig, Sigl
 
 from configure import configure
 from data import Item, Row, collate
-from memory import LORA, PLAN, B, memory_needed, table
+from tools.memory import LORA, PLAN, B, memory_needed, table
 from model import VLM, Connector, Tower
-from tokens import TokenLM
+from token_model import TokenLM
 from uti import TokenSpace
 
 # -----------------------------------------------------------------------------

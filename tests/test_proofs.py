@@ -28,8 +28,8 @@ def test_a_janus_vq_that_was_trained_decodes_what_it_encodes(tmp_path):
     from transformers import JanusVQVAE, JanusVQVAEConfig
 
     from codec import load_image_codec, psnr
-    from small_codecs import k_means
-    from world import draw, random_scene
+    from small.codecs import k_means
+    from small.world import draw, random_scene
     torch.manual_seed(0)
     rng, generator = np.random.default_rng(1), torch.Generator().manual_seed(1)
     shots = [Image.fromarray(draw(random_scene(rng), rng)).resize((32, 32), Image.BICUBIC) for _ in range(1500)]

@@ -8,9 +8,9 @@ from transformers import Qwen3Config, Qwen3ForCausalLM, SiglipVisionConfig, Sigl
 
 from configure import configure
 from data import Item, Record, Row, collate, token_row
-from memory import KNOWN
+from tools.memory import KNOWN
 from model import VLM, Connector, Tower
-from tokens import TokenLM
+from token_model import TokenLM
 from uti import Grammar, TokenSpace
 
 SO400M = KNOWN['google/siglip2-so400m-patch14-384']

@@ -16,7 +16,7 @@ from conftest import REPO, run_script
 from PIL import Image
 from test_train_a1 import config  # noqa: F401  the tiny A1 config
 
-import report
+from tools import report
 from common import sha256_file
 from gates import at_least, at_most, conclude
 

@@ -20,7 +20,7 @@ from PIL import Image
 from stub_codecs import AUDIO, IMAGE
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
-import make_small
+from small import make as make_small
 from common import sha256_file
 from data import write_sealed, write_shard
 from uti import Grammar, TokenSpace, tokenizer_sha256

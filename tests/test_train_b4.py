@@ -29,7 +29,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import uti
 from common import sha256_file, sha256_tensors
 from data import read_audio, read_image
-from tokens import load_token_lm, read_text
+from token_model import load_token_lm, read_text
 from uti import Grammar, TokenSpace
 
 WRITE = [f'{task}: {what}' for task in ('t2i', 't2a')

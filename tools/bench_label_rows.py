@@ -4,7 +4,7 @@ One A1 step at Qwen3's vocabulary: logits at label rows against logits at every 
 Same model, rows and connector; loss and gradients are asserted equal first. Runs are interleaved in one process,
 medians printed; peak memory is that of a fresh process for each way, in MB over what the loaded model takes.
 
-$ python tests/bench_label_rows.py
+$ python -m tools.bench_label_rows
 """
 import multiprocessing
 import sys
@@ -17,7 +17,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data import Row, collate  # noqa: E402
-from make_small import Named  # noqa: E402
+from small.make import Named  # noqa: E402
 from model import VLM, Connector  # noqa: E402
 
 ROWS, LABELS, TOKENS = 8, 24, 64                       # 8 captions of 24 label tokens, 64 image tokens

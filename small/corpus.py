@@ -10,7 +10,7 @@ the gradient would be its noise.
 """
 import re
 
-from world import BACKGROUNDS, COLOURS, PLACES, SAID, SHAPES, SIZES, THING, choose
+from small.world import BACKGROUNDS, COLOURS, PLACES, SAID, SHAPES, SIZES, THING, choose
 
 NAMES = ('Ann', 'Ben', 'Cleo', 'Dan', 'Eva', 'Finn', 'Gus', 'Hana')
 COUNTS = ('zero', 'one', 'two', 'three', 'four', 'five', 'six', 'seven', 'eight')

@@ -7,10 +7,10 @@ writes  data/small/{captions,instruct,sounds,text,llm,vision,image_codec,audio_c
         formats: LLaVA JSON + images/, JSONL + audio/, JSONL, Hugging Face folders
 done    when every part that was asked for is in place; a finished part is left alone
 
-$ python make_small.py                                # every part
-$ python make_small.py --parts="('captions','llm')"   # only these
-$ python make_small.py --score=out/a1_small           # a stage's predictions against the truth; exits 1 below the bar
-$ python make_small.py --score=out/b4_small           # the same, and what it drew and sounded by what is seen and heard
+$ python -m small.make                                # every part
+$ python -m small.make --parts="('captions','llm')"   # only these
+$ python -m small.make --score=out/a1_small           # a stage's predictions against the truth; exits 1 below the bar
+$ python -m small.make --score=out/b4_small           # the same, and what it drew and sounded by what is seen and heard
 
 What a scene or a sound is and how it is drawn or played, named and read back: world.py. Scenes of `captions`,
 `instruct` and `vision` come from different seeds; no scene is in both `captions` and `instruct`.
@@ -30,12 +30,13 @@ from filelock import FileLock
 from PIL import Image
 from tqdm import tqdm
 
-import corpus
-from world import (
+from small import corpus
+from small.world import (
     BACKGROUNDS, COLOURS, NUMBERS, PATCH, PIXELS, PLACES, RATE, SHAPES, SIZES, Scene, Sound, Thing, agreement, caption,
     chat, choose, draw, hear, play, random_scene, random_sound, score_caption, score_sound_caption, see, sound_caption)
 
-ROOT = Path(__file__).resolve().parent / 'data' / 'small'
+REPO = Path(__file__).resolve().parent.parent
+ROOT = REPO / 'data' / 'small'
 Named = namedtuple('Named', 'id')                      # an item of which only the id matters
 
 # -----------------------------------------------------------------------------
@@ -335,12 +336,12 @@ def make_sounds(folder, n=2400, seed=108):
 
 
 def make_image_codec(folder):
-    from small_codecs import make_image_codec
+    from small.codecs import make_image_codec
     make_image_codec(folder)
 
 
 def make_audio_codec(folder):
-    from small_codecs import make_audio_codec
+    from small.codecs import make_audio_codec
     make_audio_codec(folder)
 
 
@@ -367,9 +368,9 @@ def ensure(*parts, root=ROOT):
         ensure(*PARTS[part][0], root=root)
         if part not in MODELS:
             build(part, root)
-    code = 'import sys, make_small; make_small.build(sys.argv[1], make_small.Path(sys.argv[2]))'
+    code = 'import sys; from small import make; make.build(sys.argv[1], make.Path(sys.argv[2]))'
     quiet = {'HF_HUB_DISABLE_PROGRESS_BARS': '1', 'TRANSFORMERS_VERBOSITY': 'error'}
-    children = [subprocess.Popen([sys.executable, '-c', code, part, str(root)], cwd=Path(__file__).resolve().parent,
+    children = [subprocess.Popen([sys.executable, '-c', code, part, str(root)], cwd=REPO,
                                  env={**os.environ, 'OMP_NUM_THREADS': '1', **quiet})
                 for part in missing if part in MODELS]
     if any([child.wait() for child in children]):

@@ -11,7 +11,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from codec import Patches, load_audio_codec, load_image_codec, psnr, si_snr
-from world import RATE, agreement, draw, hear, play, random_scene, random_sound, see
+from small.world import RATE, agreement, draw, hear, play, random_scene, random_sound, see
 
 
 def nearest(x, centres, chunk=8192):

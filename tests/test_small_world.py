@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import world as w
+import small.world as w
 
 RED = w.Thing('big', 'red', 'circle', 'top left')
 BLUE = w.Thing('small', 'blue', 'square', 'bottom right')

@@ -5,9 +5,9 @@ reads   nothing for the base models it knows (KNOWN); of another one its config
 writes  the parts and their sum, in GiB; with --table_only=True the table of docs/bigger.md
 done    at once
 
-$ python memory.py --stage=a1 --llm=Qwen/Qwen3-8B --batch_size=8
-$ python memory.py --stage=b4 --llm=Qwen/Qwen3-0.6B --batch_size=8 --row_tokens=1100 --labels=20 --codes=1001 --ranks=8
-$ python memory.py --table_only=True
+$ python -m tools.memory --stage=a1 --llm=Qwen/Qwen3-8B --batch_size=8
+$ python -m tools.memory --stage=b4 --llm=Qwen/Qwen3-0.6B --batch_size=8 --row_tokens=1100 --labels=20 --codes=1001
+$ python -m tools.memory --table_only=True
 
 Letters: d LLM width, i width inside its MLP, q and k widths of all its queries and of all its keys, n learned numbers,
 e bytes of a number in the precision of the frozen weights.

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import corpus
-import make_small as m
-import world as w
+from small import corpus
+from small import make as m
+import small.world as w
 from data import read_texts
 from test_common import no_file_larger_than
 
@@ -181,7 +181,7 @@ def test_sounds_come_with_two_captions_each_and_their_truth(tmp_path):
 
 
 def test_codecs_are_made_to_the_same_bytes_again(tmp_path):
-    from small_codecs import make_audio_codec, make_image_codec
+    from small.codecs import make_audio_codec, make_image_codec
 
     def weights(folder):
         make_image_codec(folder / 'image', n_pictures=60, n_codes=64, n_flat=8, n_tested=4)

@@ -5,7 +5,7 @@ The same media, read beforehand: each alone through the bare codec; each alone t
 that ids never depend on batch mates; and in the batches that build_b2.py makes. The ids are asserted equal first. Runs
 are interleaved in one process, medians printed.
 
-$ python tests/bench_b2.py configs/b2_small.py
+$ python -m tools.bench_b2 configs/b2_small.py
 """
 import sys
 import time

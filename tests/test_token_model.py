@@ -1,4 +1,4 @@
-"""tokens.py: new rows of their own, the typed head, what stays as it was, sampling under the grammar, the export."""
+"""token_model.py: new rows, the typed head, what stays as it was, sampling under the grammar, the export."""
 import json
 from types import SimpleNamespace
 
@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config, Qwen3
 
 from data import Curriculum, Record, Row, collate, mixture, prompt_of, ramped, token_row, with_prompt
 from model import load_llm, pick
-from tokens import (
+from token_model import (
     TokenLM, export, export_difference, load_rows, random_media, read_text, row_losses, row_sums, save_rows,
     swapped_media, swapped_prompts, text_difference, training_bytes, write_codes)
 from uti import Grammar, TokenSpace

@@ -10,7 +10,7 @@ asserted equal first; what is timed is forward, backward and AdamW. Steps are in
 printed; peak memory is that of a fresh process for each way, in MB over what the loaded model takes, AdamW's state
 included.
 
-$ python tests/bench_rows.py
+$ python -m tools.bench_rows
 """
 import multiprocessing
 import sys
@@ -24,9 +24,9 @@ from peft import TrainableTokensConfig, get_peft_model
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from bench_label_rows import resident  # noqa: E402
+from tools.bench_label_rows import resident  # noqa: E402
 from data import Record, collate, token_row  # noqa: E402
-from tokens import TokenLM  # noqa: E402
+from token_model import TokenLM  # noqa: E402
 from uti import Grammar, TokenSpace  # noqa: E402
 
 V, WIDTH = 151_936, 1024

@@ -11,7 +11,7 @@ from pathlib import Path
 from safetensors.torch import save_file
 
 import gates
-import tokens
+import token_model as tokens
 from common import sha256_file, whole_folder
 from uti import base_name
 

@@ -171,7 +171,7 @@ def chart(title, lines, x='step', y='nats a label'):
 
 def nearby(path):
     """A path as a run was given it: from where we are, or from where the scripts stand."""
-    return Path(path) if Path(path).exists() else Path(__file__).resolve().parent / path
+    return Path(path) if Path(path).exists() else Path(__file__).resolve().parent.parent / path
 
 
 POINT = re.compile('[a-z_]+=')  # a run of a sweep is called key=value,...

@@ -1,0 +1,1 @@
+"""What nobody needs in order to train: export, the report page, memory by formula, benchmarks."""
