@@ -11,29 +11,35 @@ $ python build_b2.py configs/b2_small.py
 $ torchrun --standalone --nproc_per_node=8 build_b2.py configs/b2_qwen3_8b.py
 
 Started again it makes what is missing or damaged; killed or not, on any number of ranks, the bytes are the same.
-Letters: B media of a batch, N codes of an image, F audio frames, K codebooks.
+Letters: B files of a batch, N codes of an image, F audio frames, K codebooks.
 """
 import hashlib
 import json
 import sys
 import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 import gates
-from common import all_gather, all_sum, init_ranks, lock_run, provenance, sha256_file, write_atomic
+from common import (
+    all_gather, all_sum, barrier, canonical, gather_in_order, init_ranks, lock_run, progress, provenance, read_sealed,
+    sha256_file, shutdown_ranks, write_atomic, write_sealed)
 from configure import configure
-from data import (SPLITS, BadSample, Ledger, Pair, collate, load_shard, read_audio, read_image, read_index, read_llava,
-                  read_manifest, read_sealed, read_shards, read_sound_folder, token_row, write_sealed, write_shard)
-from uti import TASKS, UTI, Grammar, TokenSpace, canonical
+from data import collate, read_llava
+from media import BadSample, BadSamples, read_audio, read_image
+from shards import (
+    SPLITS, Caption, CaptionedMedia, Medium, load_shard, read_index, read_manifest, read_shards, read_sound_folder,
+    token_example, write_shard)
+from uti import TASKS, UTI, Grammar, TokenSpace
 
 # -----------------------------------------------------------------------------
 # settings; override any with a config file or --key=value
-# what goes in and out
+# inputs and outputs
 manifests = ()                 # JSONL files of {"id", "source", "image": path | "audio": path, "text"}; paths in a
                                # manifest are relative to its folder and stay inside it
 data_json = ''                 # LLaVA-Pretrain JSON: [{id, image, conversations}]; '' for none
@@ -41,57 +47,71 @@ image_root = ''                # image paths in data_json are relative to this f
 sound_dir = ''                 # folder of WAV, FLAC or OGG files; '' for none
 sound_captions = ''            # CSV of file_name, caption_1, caption_2, ... for them
 audit_dir = ''                 # of stage B1: the token space, and the verdict on its codecs
-llm = ''                       # Hugging Face folder or name: its tokenizer and rows; no weight of it is read
+llm = ''                       # Hugging Face folder or name: only its tokenizer and vocabulary size are read
 image_codec = ''               # Hugging Face folder or name; '' where the token space has no images
 image_prefix = ''              # where in a larger checkpoint the codec is
-audio_codec = ''               # how long a clip is, and how large a picture, the token space says
+audio_codec = ''               # clip length and picture size are those of the token space
 audio_prefix = ''
 out_dir = 'out/b2'
 max_bad_samples = 0            # more unusable samples than this end the run; up to it they go to bad_samples.jsonl
 allow_failed_gates = False     # take codecs whose audit failed
 # the split, by the bytes of the media file: all captions of one file stay together
 n_golden = 64                  # held out for looking at, of each modality
-eval_share = 0.02              # of the other media
+eval_share = 0.02              # of the other files
 split_seed = 1
 # shards
-shard_media = 512              # media in a shard, the unit of work: a kill loses at most one of them a rank
+shard_media = 512              # files in a shard, the unit of work: a kill loses at most one of them a rank
 max_seq_len = 1024             # an item whose longest document is longer is left out: nothing is cut later
 # gates
-n_checked = 64                 # media of each modality that are decoded, and encoded again one at a time
+n_checked = 64                 # files of each modality that are decoded, and encoded again one at a time
 # machine
 device = 'auto'
-batch_size = 32                # media encoded at once: memory and speed only, the ids stay the same
+batch_size = 32                # files encoded at once: memory and speed only, the ids stay the same
 workers = 4                    # threads that read media files
 config = configure(globals(), required=('audit_dir', 'llm'))
 # -----------------------------------------------------------------------------
 
 # ranks
+for name in 'shard_media', 'batch_size', 'workers':
+    if config[name] < 1:
+        raise SystemExit(f'{name} = {config[name]}: wanted at least 1')
 rank, world_size, device = init_ranks(device)
-lock = lock_run(out_dir) if rank == 0 else None
-all_sum(0)                                             # nobody goes on before rank 0 has the lock
-out, threads = Path(out_dir), ThreadPoolExecutor(workers)
+out = Path(out_dir)
 if rank == 0:
-    (out / 'bad_samples.jsonl').unlink(missing_ok=True)   # every start finds them anew
-all_sum(0)
+    lock = lock_run(out_dir)                           # held until this process ends
+    (out / 'bad_samples.jsonl').unlink(missing_ok=True)    # every start finds them anew
+barrier()
+threads = ThreadPoolExecutor(workers)
 
 # the token space, and the codecs it was made for
 gates.require_passed(audit_dir, allow_failed_gates)
 space = TokenSpace.load(Path(audit_dir) / 'token_space.json')
-uti = UTI.of_space(space, audit_dir, llm, image_codec, audio_codec, image_prefix, audio_prefix, device)
+uti = UTI.of_space(space, audit_dir, llm, image_codec=image_codec, audio_codec=audio_codec, image_prefix=image_prefix,
+                   audio_prefix=audio_prefix, device=device)
 torch.backends.cudnn.allow_tf32 = False                # codes come from float32, as they did in the audit
 grammar = Grammar(space)
-READ = {'image': lambda path: read_image(path, space.image['size']),
-        'audio': lambda path: read_audio(path, space.audio['sample_rate'], space.audio['samples'])}
 ENCODE = {'image': uti.encode_image, 'audio': uti.encode_audio}
 DECODE = {'image': uti.decode_image, 'audio': uti.decode_audio}
 
-# the samples, and their media by the bytes of the file; the same on every rank
-ledger = Ledger(out / 'bad_samples.jsonl', max_bad_samples, active=rank == 0)
-pairs = [p for path in manifests for p in read_manifest(path, ledger)]
+# -----------------------------------------------------------------------------
+# the media by their bytes; the same on every rank
+
+
+class File(NamedTuple):
+    """One media file by its bytes, whatever the number of its names and captions."""
+    sha256: str
+    modality: str
+
+
+bad_samples = BadSamples(out / 'bad_samples.jsonl', max_bad_samples, active=rank == 0)
+captioned = []                                         # every caption with the path of its file
+for path in manifests:
+    captioned += read_manifest(path, bad_samples)
 if data_json:
-    pairs += [Pair(i.id, 'image', i.image, i.turns[0][1]) for i in read_llava(data_json, image_root, ledger, True)]
+    for item in read_llava(data_json, image_root, bad_samples, captions=True):
+        captioned.append(CaptionedMedia(item.id, 'image', item.image, item.turns[0][1]))
 if sound_dir:
-    pairs += read_sound_folder(sound_dir, sound_captions, ledger)
+    captioned += read_sound_folder(sound_dir, sound_captions, bad_samples)
 
 
 def sha256_or_reason(path):
@@ -101,179 +121,275 @@ def sha256_or_reason(path):
         return BadSample(f'{path}: cannot read this file ({e.strerror})')
 
 
-paths = sorted({p.path for p in pairs})
-hashed = all_gather(list(threads.map(sha256_or_reason, paths[rank::world_size])))
-sha256_of = {path: hashed[n % world_size][n // world_size] for n, path in enumerate(paths)}
-media, seen = {}, set()                                # sha256: the pairs of one file; the first of them gives the path
-for n, pair in enumerate(pairs):
-    sha256 = sha256_of[pair.path]
-    try:
-        if isinstance(sha256, BadSample):
-            raise sha256
-        if pair.id in seen:
-            raise BadSample(f'{pair.path}: id {pair.id} stands twice')
-        if pair.modality not in grammar.payload_ranges:
-            raise BadSample(f'{pair.path}: {audit_dir} has no {pair.modality} in its token space')
-        seen.add(pair.id)
-        media.setdefault((sha256, pair.modality), []).append(pair)
-    except BadSample as e:
-        ledger.add(pair.id, e, key=n)
+paths = sorted({caption.path for caption in captioned})
+sha256s = gather_in_order(threads.map(sha256_or_reason, paths[rank::world_size]))
+sha256_of = dict(zip(paths, sha256s))
+captions_of = {}                                       # File: its captions; the first one's path is read
+known_ids = set()
+for n, caption in enumerate(captioned):
+    sha256 = sha256_of[caption.path]
+    reason = None
+    if isinstance(sha256, BadSample):
+        reason = sha256
+    elif caption.id in known_ids:
+        reason = BadSample(f'{caption.path}: id {caption.id} stands twice')
+    elif caption.modality not in grammar.payload_ranges:
+        reason = BadSample(f'{caption.path}: {audit_dir} has no {caption.modality} in its token space')
+    if reason is not None:
+        bad_samples.add(caption.id, reason, key=f'caption {n}')
+        continue
+    known_ids.add(caption.id)
+    captions_of.setdefault(File(sha256, caption.modality), []).append(caption)
+if not captions_of:
+    raise SystemExit('no usable sample: set manifests, data_json or sound_dir to data that exists')
 
 
-# the plan: what goes into which split and shard
-def draw(name, sha256):
-    """A number in [0, 1) that the bytes of a file and the seed decide."""
-    return int.from_bytes(hashlib.sha256(f'{name} {split_seed} {sha256}'.encode()).digest()[:8], 'big') / 2**64
+def read(file):
+    """uint8 (3, H, W) pixels, or float32 (n,) samples; raises BadSample."""
+    path = captions_of[file][0].path
+    if file.modality == 'image':
+        return read_image(path, space.image['size'])
+    return read_audio(path, space.audio['sample_rate'], space.audio['samples'])
 
 
-def text_ids(pair):
+def text_ids(caption):
     """The ids of its text; raises BadSample when the longest of its documents is too long."""
-    ids = np.asarray(uti.encode_text(pair.text), np.int32)
-    length = len(ids) + grammar.length(pair.modality) + 3
+    ids = np.asarray(uti.encode_text(caption.text), np.int32)
+    length = len(ids) + grammar.length(caption.modality) + 3       # two markers, an end
     if length > max_seq_len:
-        raise BadSample(f'{pair.path}: id {pair.id} takes {length} ids, wanted at most max_seq_len = {max_seq_len}')
+        raise BadSample(f'{caption.path}: id {caption.id} takes {length} ids, wanted at most '
+                        f'max_seq_len = {max_seq_len}')
     return ids
 
 
-def usable(key):
-    """Whether a medium can be read and has a text: a golden one has to."""
+# -----------------------------------------------------------------------------
+# the plan: which file goes into which split and shard
+
+
+def draw(purpose, key):
+    """A number in [0, 1) that the seed and the key, the sha256 of a file, decide: no order of files, no rank."""
+    digest = hashlib.sha256(f'{purpose} {split_seed} {key}'.encode()).digest()
+    return int.from_bytes(digest[:8], 'big') / 2**64
+
+
+def is_usable(file):
+    """Whether a file can be read and its first caption fits: a golden one has to, the shards of others say why not."""
     try:
-        READ[key[1]](media[key][0].path)
-        return any(len(text_ids(pair)) for pair in media[key])
+        read(file)
+        text_ids(captions_of[file][0])
     except BadSample:
-        return False                                   # its shard says why
+        return False
+    return True
 
 
 chosen = {split: [] for split in SPLITS}
-for modality in sorted({modality for _, modality in media}):
-    keys, golden = [key for key in media if key[1] == modality], []
-    for key in sorted(keys, key=lambda key: draw('golden', key[0])):
-        golden += [key] if len(golden) < n_golden and usable(key) else []
+for modality in sorted({file.modality for file in captions_of}):
+    files = [file for file in captions_of if file.modality == modality]
+    golden = []
+    for file in sorted(files, key=lambda file: draw('golden', file.sha256)):
         if len(golden) == n_golden:
             break
-    chosen['golden'] += golden
-    looked_at = set(golden)
-    held = [key for key in keys if key not in looked_at and draw('eval', key[0]) < eval_share]
-    train = [key for key in keys if key not in looked_at and draw('eval', key[0]) >= eval_share]
-    chosen['eval'] += held
+        if is_usable(file):
+            golden.append(file)
+    train = []
+    held_out = []
+    for file in set(files) - set(golden):
+        if draw('eval', file.sha256) < eval_share:
+            held_out.append(file)
+        else:
+            train.append(file)
+    if len(golden) < n_golden or not held_out or not train:
+        raise SystemExit(f'{len(files)} media files of {modality}: {len(train)} to train on, {len(held_out)} to '
+                         f'evaluate on and {len(golden)} of {n_golden} golden; add data or change eval_share and '
+                         'n_golden')
     chosen['train'] += train
-    if len(golden) < n_golden or not held or not train:
-        raise SystemExit(f'{len(keys)} media files of {modality}: {len(train)} to train on, {len(held)} to evaluate on '
-                         f'and {len(golden)} of {n_golden} golden; add data or change eval_share and n_golden')
-if not media:
-    raise SystemExit('no usable sample: set manifests, data_json or sound_dir to data that exists')
-for split, keys in chosen.items():
-    keys.sort(key=lambda key: draw('order', key[0]))
-    if split != 'train':                               # held out once, whatever the number of its captions
-        media.update({key: sorted(media[key], key=lambda pair: draw('caption', pair.id)) for key in keys})
-shards = {f'{split}-{n // shard_media:05d}': keys[n:n + shard_media]
-          for split, keys in chosen.items() for n in range(0, len(keys), shard_media)}
-plan = {'token_space': space.sha256, 'shard_media': shard_media, 'max_seq_len': max_seq_len, 'n_golden': n_golden,
-        'eval_share': eval_share, 'split_seed': split_seed, 'n_media': len(media), 'n_items': len(seen),
-        'samples_sha256': hashlib.sha256(canonical(
-            [(*key, [(p.id, p.text) for p in media[key]]) for keys in shards.values() for key in keys]
-        ).encode()).hexdigest()}
-if rank == 0 and (out / 'plan.json').exists():
-    space.require(TokenSpace.load(out / 'token_space.json'), out_dir)
-    for key, had in read_sealed(out / 'plan.json').items():
-        if plan.get(key) != had:
-            raise SystemExit(f'{out_dir} holds shards with {key} = {had!r}, this run has {plan.get(key)!r}: remove it '
-                             'or set another out_dir')
+    chosen['eval'] += held_out
+    chosen['golden'] += golden
+
+shards = {}                                            # name: [File]
+for split, files in chosen.items():
+    files.sort(key=lambda file: (draw('order', file.sha256), file))    # whatever order they came in
+    for n in range(0, len(files), shard_media):
+        shards[f'{split}-{n // shard_media:05d}'] = files[n:n + shard_media]
+for file in chosen['eval'] + chosen['golden']:         # held out with one caption, which the seed decides
+    captions_of[file].sort(key=lambda caption: draw('caption', caption.id))
+
+samples = []                                           # all that goes into the shards, in its order
+for files in shards.values():
+    for file in files:
+        samples.append((file.sha256, file.modality, [(caption.id, caption.text) for caption in captions_of[file]]))
+plan = {
+    'token_space': space.sha256,
+    'shard_media': shard_media,
+    'max_seq_len': max_seq_len,
+    'n_golden': n_golden,
+    'eval_share': eval_share,
+    'split_seed': split_seed,
+    'n_media': len(captions_of),
+    'n_items': len(known_ids),
+    'samples_sha256': hashlib.sha256(canonical(samples).encode()).hexdigest(),
+}
 if rank == 0:
+    if (out / 'plan.json').exists():
+        space.require(TokenSpace.load(out / 'token_space.json'), out_dir)
+        for key, value in read_sealed(out / 'plan.json', 'build_b2.py').items():
+            if plan.get(key) != value:
+                raise SystemExit(f'{out_dir} holds shards with {key} = {value!r}, this run has {plan.get(key)!r}: '
+                                 'remove it or set another out_dir')
     space.save(out / 'token_space.json')
     write_sealed(out / 'plan.json', plan)
-    print(f'{len(seen)} items, {len(media)} media files: ' + ', '.join(
-        f'{len(keys)} to {split}' for split, keys in chosen.items()) + f', in {len(shards)} shards')
+    sizes = ', '.join(f'{len(files)} to {split}' for split, files in chosen.items())
+    print(f'{len(known_ids)} items, {len(captions_of)} media files: {sizes}, in {len(shards)} shards')
 
-
+# -----------------------------------------------------------------------------
 # encode
-def encode(keys):
-    """{key: (codes, meta)} of the media that can be read, {key: BadSample} of the others. Files are read one batch
-    ahead of the codec; a bad one leaves its batch, whose other members keep their ids."""
-    batches, done, coming = [], {}, []
-    for modality in READ:
-        of_one = [key for key in keys if key[1] == modality]
-        batches += [of_one[i:i + batch_size] for i in range(0, len(of_one), batch_size)]
-    for batch, after in zip([[], *batches], [*batches, []]):
-        now, coming = coming, [threads.submit(read_or_reason, key) for key in after]
-        read = dict(zip(batch, [future.result() for future in now]))
-        done.update({key: bad for key, bad in read.items() if isinstance(bad, BadSample)})
-        whole = [key for key in batch if key not in done]
-        if whole:
-            ids, metas = ENCODE[whole[0][1]]([read[key] for key in whole])             # (B, N) or (B, F K)
-            done.update({key: (codes, meta) for key, codes, meta in zip(whole, ids, metas)})
-    return done
 
 
-def read_or_reason(key):
+def read_or_reason(file):
     try:
-        return READ[key[1]](media[key][0].path)
+        return read(file)
     except BadSample as e:
         return e
 
 
-def make_shard(name, keys):
-    codes, kept, items, skipped = encode(keys), [], [], []
-    for key in keys:
+def read_ahead(batches):
+    """(files, array or BadSample of each) of every batch; the next one is being read meanwhile."""
+    reading = [threads.submit(read_or_reason, file) for file in batches[0]]
+    for n, batch in enumerate(batches):
+        following = batches[n + 1] if n + 1 < len(batches) else []
+        current = reading
+        reading = [threads.submit(read_or_reason, file) for file in following]
+        yield batch, [future.result() for future in current]
+
+
+def encode(files):
+    """{File: (codes, meta)} of those that can be read, {File: BadSample} of the others."""
+    batches = []
+    for modality in ENCODE:
+        of_one = [file for file in files if file.modality == modality]
+        batches += [of_one[i:i + batch_size] for i in range(0, len(of_one), batch_size)]
+    encoded = {}
+    for batch, arrays in read_ahead(batches):
+        whole = []
+        for file, array in zip(batch, arrays):
+            encoded[file] = array                      # the reason of a bad one stays
+            if not isinstance(array, BadSample):
+                whole.append(file)
+        if whole:                                      # they keep their ids without the bad ones
+            arrays = [encoded[file] for file in whole]
+            codes, metas = ENCODE[whole[0].modality](arrays)           # (B, N) or (B, F K)
+            encoded.update(zip(whole, zip(codes, metas)))
+    return encoded
+
+
+def make_shard(name, files):
+    """Write a shard; returns the numbers of media and of captions in it."""
+    encoded = encode(files)
+    media = []
+    captions = []
+    skipped = []
+    for file in files:
         texts = []
-        for pair in media[key]:
+        for caption in captions_of[file]:
             try:
-                if isinstance(codes[key], BadSample):
-                    raise codes[key]
-                texts.append((pair.id, text_ids(pair)))
+                if isinstance(encoded[file], BadSample):
+                    raise encoded[file]
+                texts.append((caption.id, text_ids(caption)))
             except BadSample as e:
-                skipped.append((pair.id, str(e)))
-                spent.add(pair.id, e, key=f'shard {pair.id}')
-        texts = texts if name.startswith('train') else texts[:1]
-        items += [(id, len(kept), ids) for id, ids in texts]
-        kept += [key] if texts else []
-    write_shard(out, name, space, [(*key, codes[key][0]) for key in kept], items, metas=[codes[key][1] for key in kept],
-                skipped=skipped, plan=plan['samples_sha256'])
-    return len(kept), len(items)
+                skipped.append((caption.id, str(e)))
+                too_many.add(caption.id, e, key=f'shard {caption.id}')
+        if not name.startswith('train'):               # held out once, whatever the number of its captions
+            texts = texts[:1]
+        if texts:
+            codes, meta = encoded[file]
+            captions += [Caption(id, len(media), ids) for id, ids in texts]
+            media.append(Medium(file.sha256, file.modality, codes, meta))
+    write_shard(out, name, space, media, captions, skipped=skipped, plan=plan['samples_sha256'])
+    return len(media), len(captions)
 
 
-def finished(name):
+def is_finished(name):
     """Whether this shard is whole and of this plan."""
     try:
-        side = read_sealed(out / f'{name}.json')
+        side = read_sealed(out / f'{name}.json', 'build_b2.py')
         load_shard(out, name, side['shard_sha256'], space)
-        return side['plan'] == plan['samples_sha256']
     except SystemExit:
         return False
+    return side['plan'] == plan['samples_sha256']
 
 
 names = list(shards)
-there = all_gather([finished(name) for name in names[rank::world_size]])
-missing = [name for n, name in enumerate(names) if not there[n % world_size][n // world_size]]
-spent = Ledger(out / 'bad_samples.jsonl', max_bad_samples, active=False)   # ends the run early; the file comes later
-spent.keys |= ledger.keys
-made, start = [], time.time()
-for name in tqdm(missing[rank::world_size], disable=None if rank == 0 else True):
-    made.append(make_shard(name, shards[name]))
+finished = gather_in_order([is_finished(name) for name in names[rank::world_size]])
+missing = [name for name, is_there in zip(names, finished) if not is_there]
+# ends the run as soon as a rank has met too many; bad_samples.jsonl is written in the end, from all shards
+too_many = BadSamples(out / 'bad_samples.jsonl', max_bad_samples, active=False)
+too_many.keys |= bad_samples.keys
+n_made_media = 0
+n_made_captions = 0
+start = time.time()
+for name in progress(missing[rank::world_size], 'shards', active=rank == 0):
+    n_media, n_captions = make_shard(name, shards[name])
+    n_made_media += n_media
+    n_made_captions += n_captions
 seconds = max(all_gather(time.time() - start))
-n_made_media, n_made_items = (int(all_sum(sum(n))) for n in (zip(*made) if made else ([], [])))
-# the index: what is in it is the same on every machine and for any number of starts
-MACHINE = 'date', 'device', 'out_dir', 'batch_size', 'workers'
-sides = {split: [read_sealed(out / f'{n}.json') for n in names if n.startswith(split)] for split in SPLITS}
+n_made_media = int(all_sum(n_made_media))
+n_made_captions = int(all_sum(n_made_captions))
+
+# -----------------------------------------------------------------------------
+# the index: the same on every machine and for any number of starts
+
+NOT_IN_INDEX = 'date', 'device', 'out_dir', 'batch_size', 'workers'    # of provenance and settings
+
+
+def entry(side):
+    """A shard's part of the index, from what its .json says."""
+    return {
+        'name': side['name'],
+        'sha256': side['shard_sha256'],
+        'media': len(side['media']),
+        'items': len(side['items']),
+        'ids': side['ids'],
+        'bytes': side['bytes'],
+    }
+
+
+def without_machine(record):
+    return {key: value for key, value in record.items() if key not in NOT_IN_INDEX}
+
+
+sides = {split: [] for split in SPLITS}
+for name in names:
+    split = name.split('-')[0]
+    sides[split].append(read_sealed(out / f'{name}.json', 'build_b2.py'))
 if rank == 0:
-    for id, reason in (s for split in SPLITS for side in sides[split] for s in side['skipped']):
-        ledger.add(id, reason, key=f'shard {id}')
+    splits = {}
+    for split in SPLITS:
+        for side in sides[split]:
+            for id, reason in side['skipped']:
+                bad_samples.add(id, reason, key=f'shard {id}')
+        entries = [entry(side) for side in sides[split]]
+        splits[split] = {
+            'media': sum(e['media'] for e in entries),
+            'items': sum(e['items'] for e in entries),
+            'shards': entries,
+        }
+    codecs = {}
+    for modality, described in ('image', space.image), ('audio', space.audio):
+        codecs[modality] = described and {key: described[key] for key in ('class', 'sha256')}
     write_sealed(out / 'index.json', {
         'token_space': space.sha256,
-        'codecs': {'image': space.image and {k: space.image[k] for k in ('class', 'sha256')},
-                   'audio': space.audio and {k: space.audio[k] for k in ('class', 'sha256')}},
-        'splits': {split: {
-            'media': sum(len(s['media']) for s in sides[split]), 'items': sum(len(s['items']) for s in sides[split]),
-            'shards': [{'name': s['name'], 'sha256': s['shard_sha256'], 'media': len(s['media']),
-                        'items': len(s['items']), 'ids': s['ids'], 'bytes': s['bytes']} for s in sides[split]]}
-            for split in SPLITS},
-        'provenance': {**{k: v for k, v in provenance().items() if k not in MACHINE},
-                       'settings': {k: v for k, v in config.items() if k not in MACHINE}}})
-all_sum(0)
+        'codecs': codecs,
+        'splits': splits,
+        'provenance': {**without_machine(provenance()), 'settings': without_machine(config)},
+    })
+barrier()
 
-
+# -----------------------------------------------------------------------------
 # measure, through what the next stages read with; every rank its part
-def wrong(shard):
+
+
+def what_is_wrong(shard):
+    """A line on what is wrong with a shard of the index, or None."""
     try:
         load_shard(out, shard['name'], shard['sha256'], space)
     except SystemExit as e:
@@ -282,59 +398,112 @@ def wrong(shard):
 
 def decodes(record):
     """Whether its codes become a picture or a wave of the right size, all of it finite."""
-    shape = (3, space.image['size'], space.image['size']) if record.modality == 'image' else (record.meta['n_samples'],)
+    if record.modality == 'image':
+        shape = (3, space.image['size'], space.image['size'])
+    else:
+        shape = (record.meta['n_samples'],)
     try:
-        made = DECODE[record.modality](record.payload[None], [record.meta])[0]
+        decoded = DECODE[record.modality](record.payload[None], [record.meta])[0]
     except SystemExit:                                 # an id out of range, another rate, NaN
         return False
-    return made.shape == shape and bool(np.isfinite(made).all())
+    return decoded.shape == shape and bool(np.isfinite(decoded).all())
 
 
 index, _ = read_index(out, space)
-entries = [shard for split in SPLITS for shard in index['splits'][split]['shards']]
-wrong_shards = [line for part in all_gather([wrong(s) for s in entries[rank::world_size]]) for line in part if line]
-records = [r for split in SPLITS for r in read_shards(out, split, space)] if not wrong_shards else []
-checked = wrong_decodes = mismatches = unlabelled = truncated = 0
-for modality in READ:
-    of_one = list({r.media: r for r in records if r.modality == modality}.values())
-    spread = np.unique(np.linspace(0, len(of_one) - 1, n_checked).round().astype(int)) if of_one else []
-    for record in (of_one[n] for n in spread[rank::world_size]):
-        again, _ = ENCODE[modality]([READ[modality](media[record.media, modality][0].path)])
-        mismatches += not np.array_equal(again[0], record.payload)
-        wrong_decodes += not decodes(record)
-        checked += 1
-lengths = {}
-for task, (modality, _) in TASKS.items():
-    rows = [token_row(r, task, grammar, max_seq_len)
-            for r in records[rank::world_size] if modality in (None, r.modality)]
-    lengths[task] = [len(row) for row in rows]
-    truncated += sum(row.truncated for row in rows)
-    for i in range(0, len(rows), 64):
-        batch = collate(rows[i:i + 64], [None] * 64, 0)
-        unlabelled += len(batch.ids) - len(np.unique(batch.label_rows))
-lengths = {task: sum((part[task] for part in all_gather(lengths)), []) for task in TASKS}
-checked, wrong_decodes, mismatches, unlabelled, truncated = (
-    int(all_sum(n)) for n in (checked, wrong_decodes, mismatches, unlabelled, truncated))
+entries = []
+for split in SPLITS:
+    entries += index['splits'][split]['shards']
+problems = gather_in_order([what_is_wrong(shard) for shard in entries[rank::world_size]])
+wrong_shards = [line for line in problems if line]
+records = []
+if not wrong_shards:                                   # else nothing can be looked at, and those gates fail too
+    for split in SPLITS:
+        records += read_shards(out, split, space)
 
+count = Counter()
+for modality in ENCODE:
+    record_of = {record.media_sha256: record for record in records if record.modality == modality}
+    of_one = list(record_of.values())
+    spread = np.linspace(0, len(of_one) - 1, min(n_checked, len(of_one))).round().astype(int)
+    for n in spread[rank::world_size]:
+        record = of_one[n]
+        original = read(File(record.media_sha256, modality))
+        codes, _ = ENCODE[modality]([original])
+        count['checked'] += 1
+        count['mismatches'] += not np.array_equal(codes[0], record.payload)
+        count['wrong_decodes'] += not decodes(record)
+
+lengths = {}                                           # task: of its documents, on all ranks
+for task, (modality, _) in TASKS.items():
+    of_task = [record for record in records[rank::world_size] if modality in (None, record.modality)]
+    examples = [token_example(record, task, grammar, max_seq_len) for record in of_task]
+    for i in range(0, len(examples), 64):
+        batch = collate(examples[i:i + 64])
+        count['unlabelled'] += len(batch.ids) - len(np.unique(batch.label_examples))
+    count['truncated'] += sum(example.truncated for example in examples)
+    lengths[task] = []
+    for part in all_gather([len(example) for example in examples]):
+        lengths[task] += part
+total = {name: int(all_sum(count[name])) for name in ('checked', 'mismatches', 'wrong_decodes', 'unlabelled',
+                                                      'truncated')}
+
+# -----------------------------------------------------------------------------
 # report and gates
+
 status = 0
 if rank == 0:
-    skipped = [json.loads(line) for line in (out / 'bad_samples.jsonl').read_text().splitlines()] if ledger.keys else []
-    write_atomic(out / 'report.json', json.dumps({
-        **{what: {split: index['splits'][split][what] for split in SPLITS} for what in ('media', 'items')},
-        'bytes': {split: sum(s['bytes'] for s in sides[split]) for split in SPLITS},
-        'lengths': {task: {'items': len(n), 'mean': round(float(np.mean(n)), 1), **{
-            f'p{q}': int(np.percentile(n, q)) for q in (0, 5, 25, 50, 75, 95, 99, 100)}}
-            for task, n in lengths.items() if n},
-        'skipped': skipped, 'wrong_shards': wrong_shards,
-        'this_start': {'shards': len(missing), 'media': n_made_media, 'items': n_made_items,
-                       'seconds': round(seconds, 2), 'items_per_s': round(n_made_items / seconds, 2),
-                       'media_per_s': round(n_made_media / seconds, 2), 'world_size': world_size,
-                       'batch_size': batch_size, 'device': str(device)}}, indent=1) + '\n')
-    print(f'{n_made_items} items of {n_made_media} media files in {seconds:.1f} s, '
-          f'{n_made_items / seconds:.1f} items/s; {len(skipped)} samples skipped')
-    status = gates.conclude(out, gates.tokenized(
-        len(entries), len(wrong_shards), {split: [id for s in sides[split] for id in s['items']] for split in SPLITS},
-        {split: [sha for s in sides[split] for sha in s['media']] for split in SPLITS}, checked, wrong_decodes,
-        mismatches, sum(map(len, lengths.values())), unlabelled, truncated))
-sys.exit(int(all_sum(status)))
+    skipped = []
+    if bad_samples.keys:
+        skipped = [json.loads(line) for line in (out / 'bad_samples.jsonl').read_text().splitlines()]
+    length_report = {}
+    for task, of_task in lengths.items():
+        if of_task:
+            length_report[task] = {'items': len(of_task), 'mean': round(float(np.mean(of_task)), 1)}
+            for q in (0, 5, 25, 50, 75, 95, 99, 100):
+                length_report[task][f'p{q}'] = int(np.percentile(of_task, q))
+    ids_of = {split: [] for split in SPLITS}
+    media_of = {split: [] for split in SPLITS}
+    bytes_of = Counter()
+    for split in SPLITS:
+        for side in sides[split]:
+            ids_of[split] += side['items']
+            media_of[split] += side['media']
+            bytes_of[split] += side['bytes']
+    report = {
+        'media': {split: len(media_of[split]) for split in SPLITS},
+        'items': {split: len(ids_of[split]) for split in SPLITS},
+        'bytes': bytes_of,
+        'lengths': length_report,
+        'skipped': skipped,
+        'wrong_shards': wrong_shards,
+        'this_start': {
+            'shards': len(missing),
+            'media': n_made_media,
+            'items': n_made_captions,
+            'seconds': round(seconds, 2),
+            'items_per_s': round(n_made_captions / seconds, 2),
+            'media_per_s': round(n_made_media / seconds, 2),
+            'world_size': world_size,
+            'batch_size': batch_size,
+            'device': str(device),
+        },
+    }
+    write_atomic(out / 'report.json', json.dumps(report, indent=1) + '\n')
+    print(f'{n_made_captions} items of {n_made_media} media files in {seconds:.1f} s, '
+          f'{n_made_captions / seconds:.1f} items/s; {len(skipped)} samples skipped')
+    verdicts = gates.shard_gates(
+        n_shards=len(entries),
+        n_wrong_shards=len(wrong_shards),
+        ids=ids_of,
+        media=media_of,
+        n_checked=total['checked'],
+        n_wrong_decodes=total['wrong_decodes'],
+        n_mismatches=total['mismatches'],
+        n_examples=sum(len(of_task) for of_task in lengths.values()),
+        n_unlabelled=total['unlabelled'],
+        n_truncated=total['truncated'],
+    )
+    status = gates.conclude(out, verdicts)
+status = int(all_sum(status))
+shutdown_ranks()
+sys.exit(status)

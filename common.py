@@ -1,11 +1,14 @@
-"""What every training script shares: ranks, checkpoints that survive a kill, the run lock, the log, time budgets."""
+"""
+What every script shares and what has one right answer: ranks, seeds, whole files, checkpoints that survive a kill, and
+the run: its lock, its log, its meter, its progress, its gradients.
+"""
 import hashlib
 import json
+import math
 import os
 import platform
 import random
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -17,14 +20,16 @@ import torch
 import torch.distributed as dist
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
+from tqdm import tqdm
 
 # -----------------------------------------------------------------------------
-# ranks: three functions and one convention. `if rank == 0` guards files and prints, never a collective
+# ranks. One convention: `if rank == 0` guards files and prints, never a collective
 
 
 def init_ranks(device='auto'):
     """(rank, world_size, device) for `python script.py` and `torchrun script.py`, on CPU (gloo) or CUDA (nccl)."""
-    world_size, local_rank = int(os.environ.get('WORLD_SIZE', 1)), int(os.environ.get('LOCAL_RANK', 0))
+    world_size = int(os.environ.get('WORLD_SIZE', 1))  # torchrun sets these
+    local_rank = int(os.environ.get('LOCAL_RANK', 0))
     if device == 'auto':
         device = 'cuda' if torch.cuda.is_available() else 'cpu'
     kind = device.split(':')[0]
@@ -37,27 +42,41 @@ def init_ranks(device='auto'):
         if local_rank >= torch.cuda.device_count():
             raise SystemExit(f'rank {local_rank} has no GPU: this machine shows {torch.cuda.device_count()}; '
                              'lower --nproc_per_node')
-        device = f'cuda:{local_rank}' if world_size > 1 or device == 'cuda' else device
+        if world_size > 1 or device == 'cuda':         # cuda:3 stays what it is on a single rank
+            device = f'cuda:{local_rank}'
         torch.cuda.set_device(device)
     if world_size > 1 and not dist.is_initialized():
         dist.init_process_group('nccl' if kind == 'cuda' else 'gloo')
     return int(os.environ.get('RANK', 0)), world_size, torch.device(device)
 
 
+def shutdown_ranks():
+    """The last line of a script: NCCL warns of a process group that is left behind."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def frozen_dtype(name, device):
-    """The torch dtype of frozen weights by its name; auto is bfloat16 on CUDA and float32 on CPU."""
-    name = ('bfloat16' if device.type == 'cuda' else 'float32') if name == 'auto' else name
+    """The torch dtype of frozen weights by its name. auto: bfloat16 where the device multiplies it, else float32."""
+    if name == 'auto':
+        name = 'bfloat16' if device.type == 'cuda' or cpu_multiplies_bfloat16() else 'float32'
     if name not in ('bfloat16', 'float32'):
         raise SystemExit(f'dtype = {name!r}: wanted auto, bfloat16 or float32')
     return getattr(torch, name)
+
+
+def cpu_multiplies_bfloat16():
+    """Such a processor takes a quarter of the time; others convert every number and take longer than in float32."""
+    capabilities = getattr(torch.cpu, 'get_capabilities', dict)()   # torch before 2.11 does not say
+    return bool(capabilities.get('avx512_bf16') or capabilities.get('amx_bf16'))
 
 
 def all_sum(value):
     """The sum of a number over the ranks, in float64, the same on every rank."""
     if not dist.is_initialized():
         return float(value)
-    total = torch.tensor(float(value), dtype=torch.float64,
-                         device='cuda' if dist.get_backend() == 'nccl' else 'cpu')
+    device = 'cuda' if dist.get_backend() == 'nccl' else 'cpu'
+    total = torch.tensor(float(value), dtype=torch.float64, device=device)   # float32 would round counts above 2^24
     dist.all_reduce(total)
     return total.item()
 
@@ -66,9 +85,26 @@ def all_gather(obj):
     """[every rank's obj], in rank order."""
     if not dist.is_initialized():
         return [obj]
-    objs = [None] * dist.get_world_size()
+    objs = [None] * dist.get_world_size()              # torch fills it
     dist.all_gather_object(objs, obj)
     return objs
+
+
+def gather_in_order(results):
+    """Every rank's results of its items[rank::world_size] -> the results of all items, in the order of the items."""
+    parts = all_gather(list(results))
+    n_items = sum(len(part) for part in parts)
+    return [parts[n % len(parts)][n // len(parts)] for n in range(n_items)]   # item n was given to rank n % ranks
+
+
+def in_parts(items, size):
+    """[items[:size], items[size:2 * size], ...]"""
+    return [items[i:i + size] for i in range(0, len(items), size)]
+
+
+def barrier():
+    """Nobody goes on before everybody is here."""
+    all_sum(0)
 
 
 def reduce_gradients(parameters):
@@ -76,18 +112,23 @@ def reduce_gradients(parameters):
     if not dist.is_initialized():
         return
     parameters = list(parameters)
-    had = torch.tensor([float(p.grad is not None) for p in parameters], device=parameters[0].device)
-    flat = torch.cat([had] + [(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters])
+    # the first numbers of the message say which parameters had a gradient on any rank
+    had_gradient = torch.tensor([float(p.grad is not None) for p in parameters], device=parameters[0].device)
+    pieces = [had_gradient]
+    for p in parameters:
+        gradient = torch.zeros_like(p) if p.grad is None else p.grad
+        pieces.append(gradient.flatten())
+    flat = torch.cat(pieces)                           # one message: many small ones wait for each other
     dist.all_reduce(flat)
-    had, *parts = flat.split([len(parameters)] + [p.numel() for p in parameters])
-    for p, part, any_had in zip(parameters, parts, had.tolist()):
-        p.grad = part.view_as(p) if any_had else None      # none on any rank: none, as on a single rank
+    had_gradient, *pieces = flat.split([len(piece) for piece in pieces])
+    for p, piece, had_any in zip(parameters, pieces, had_gradient.tolist()):
+        p.grad = piece.view_as(p) if had_any else None   # none on any rank: none, as on a single rank
 
 
 def seed_everything(*key):
     """Seed torch, numpy and random from a key such as (seed, step, rank). Called anew each step, it makes dropout a
     function of the step, and a checkpoint needs no generator state."""
-    n = int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:4], 'big')
+    n = int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:4], 'big')   # numpy takes 32 bits
     random.seed(n)
     np.random.seed(n)
     torch.manual_seed(n)
@@ -100,7 +141,7 @@ def seed_everything(*key):
 def sha256_file(path):
     digest = hashlib.sha256()
     with open(path, 'rb') as f:
-        while block := f.read(1 << 20):
+        while block := f.read(1 << 20):                # a MB at a time: files may be larger than memory
             digest.update(block)
     return digest.hexdigest()
 
@@ -109,21 +150,17 @@ def sha256_tensors(named, dtype=None):
     """One sha256 over (name, tensor) pairs: any change of a name, shape, dtype or bit changes it. dtype: as if they
     were of this one."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(named, key=lambda pair: pair[0]):
-        tensor = tensor if dtype is None else tensor.to(dtype)
+    for name, tensor in sorted(named, key=lambda pair: pair[0]):   # a model's own order may change with a version
+        if dtype is not None:
+            tensor = tensor.to(dtype)
         digest.update(f'{name} {tuple(tensor.shape)} {tensor.dtype}'.encode())
+        # numpy has no bfloat16: the bytes are taken as they are
         digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
-def sync_folder(folder):
-    handle = os.open(folder, os.O_RDONLY)
-    os.fsync(handle)
-    os.close(handle)
-
-
 @contextmanager
-def writing(path):
+def one_line_io_errors(path):
     """A full disk, or a folder that is not ours, ends the run with one line that names what was to be written."""
     try:
         yield
@@ -132,17 +169,60 @@ def writing(path):
         raise SystemExit(f'{path}: cannot write here, {hint} ({str(e).splitlines()[0]})')
 
 
+def flush_folder(folder):
+    handle = os.open(folder, os.O_RDONLY)              # the names in a folder are flushed by the folder's own handle
+    os.fsync(handle)
+    os.close(handle)
+
+
+def flush_files(folder):
+    """Every file below the folder, and the folder itself, to the disk."""
+    for path in folder.rglob('*'):
+        if path.is_file():
+            with open(path, 'rb') as f:
+                os.fsync(f.fileno())
+    flush_folder(folder)
+
+
 def write_atomic(path, content):
     """Write text or bytes beside their place, flush to disk, rename: readers see the old or the new, never half."""
     path = Path(path)
     beside = path.with_name(path.name + '.tmp')
-    with writing(path):
+    with one_line_io_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(beside, 'wb') as f:
             f.write(content.encode() if isinstance(content, str) else content)
             f.flush()
             os.fsync(f.fileno())
-        os.replace(beside, path)
+        os.replace(beside, path)                       # atomic within a file system
+
+
+def canonical(value):
+    """The one JSON text of a value that hashes are taken of."""
+    return json.dumps(value, sort_keys=True, separators=(',', ':'), ensure_ascii=True, allow_nan=False)
+
+
+def write_sealed(path, content):
+    """A dict as JSON, with a sha256 over the rest of it."""
+    sha256 = hashlib.sha256(canonical(content).encode()).hexdigest()
+    write_atomic(path, json.dumps({**content, 'sha256': sha256}, indent=1) + '\n')
+
+
+def read_sealed(path, writer):
+    """What write_sealed wrote; exits with one line when the file is absent or any of it has changed.
+
+    writer: the script that writes it, for that line.
+    """
+    try:
+        content = json.loads(Path(path).read_text())
+        sealed_with = content.pop('sha256')
+    except OSError as e:
+        raise SystemExit(f'{path}: cannot read it ({e.strerror}); {writer} writes it when what it names is whole')
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
+        raise SystemExit(f'{path}: not what {writer} writes ({e}); remove it and run {writer} again')
+    if sealed_with != hashlib.sha256(canonical(content).encode()).hexdigest():
+        raise SystemExit(f'{path}: its sha256 is not that of its content; remove it and run {writer} again')
+    return content
 
 
 def require_vacant(folder):
@@ -160,61 +240,66 @@ def whole_folder(folder):
     folder = Path(folder)
     beside = folder.with_name(folder.name + '.tmp')
     try:
-        with writing(folder):
+        with one_line_io_errors(folder):
             shutil.rmtree(beside, ignore_errors=True)
             beside.mkdir(parents=True)
             yield beside
-            for path in (p for p in beside.rglob('*') if p.is_file()):
-                path.chmod(0o644)                      # safetensors writes 0600
-                with open(path, 'rb') as f:
-                    os.fsync(f.fileno())
-            sync_folder(beside)
+            for path in beside.rglob('*'):
+                if path.is_file():
+                    path.chmod(0o644)                  # safetensors writes 0600
+            flush_files(beside)
             os.replace(beside, folder)
-            sync_folder(folder.parent)
+            flush_folder(folder.parent)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
+
+
+# -----------------------------------------------------------------------------
+# checkpoints
 
 
 def save_checkpoint(folder, tensors, meta):
     """Write `folder`/{meta.json, <name>.pt ...} with a sha256 manifest; the one that was there becomes `folder`.prev.
 
-    tensors: {name: what torch.save takes, loadable with weights_only=True}; meta: JSON-able. Written beside, fsynced,
-    renamed.
+    tensors: {name: what torch.save takes, loadable with weights_only=True}; meta: JSON-able. Written beside, flushed,
+    renamed: a kill at any moment leaves a whole checkpoint.
     """
     folder = Path(folder)
-    beside, previous = folder.with_name(folder.name + '.tmp'), folder.with_name(folder.name + '.prev')
-    shutil.rmtree(beside, ignore_errors=True)
+    beside = folder.with_name(folder.name + '.tmp')
+    previous = folder.with_name(folder.name + '.prev')
+    shutil.rmtree(beside, ignore_errors=True)          # what a kill left half
     beside.mkdir(parents=True)
     try:
         for name, value in tensors.items():
             torch.save(value, beside / f'{name}.pt')
         (beside / 'meta.json').write_text(json.dumps(meta, indent=1))
-        manifest = {p.name: sha256_file(p) for p in sorted(beside.iterdir())}
+        # torch.load takes a file with a flipped bit for whole: the manifest is what tells
+        manifest = {path.name: sha256_file(path) for path in sorted(beside.iterdir())}
         (beside / 'manifest.json').write_text(json.dumps(manifest, indent=1))
-        for path in beside.iterdir():
-            with open(path, 'rb') as f:
-                os.fsync(f.fileno())
-        sync_folder(beside)
+        flush_files(beside)
     except (OSError, RuntimeError) as e:               # torch's writer has its own words for a full disk
         shutil.rmtree(beside, ignore_errors=True)
         before = 'the one before it is whole' if has_checkpoint(folder) else 'there is none before it'
         raise SystemExit(f'{folder}: cannot write this checkpoint, is the disk full? ({str(e).splitlines()[0]}); '
                          f'{before}')
+    # at any moment of these moves one of the three folders is a whole checkpoint: load_checkpoint looks at each
     if folder.exists():
         shutil.rmtree(previous, ignore_errors=True)
         os.replace(folder, previous)
     os.replace(beside, folder)
-    sync_folder(folder.parent)
+    flush_folder(folder.parent)
 
 
-def damage(folder):
+def corruption_of(folder):
     """What is wrong with the checkpoint in this folder, or None."""
     try:
         manifest = json.loads((folder / 'manifest.json').read_text())
-        wrong = [name for name, sha in manifest.items() if sha256_file(folder / name) != sha]
+        for name, sha256 in manifest.items():
+            if sha256_file(folder / name) != sha256:
+                return f'sha256 of {name} differs from the manifest'
     except (OSError, ValueError) as e:
         return str(e)
-    return f'sha256 of {wrong[0]} differs from the manifest' if wrong else None
+    return None
 
 
 def load_checkpoint(folder, map_location='cpu'):
@@ -222,35 +307,25 @@ def load_checkpoint(folder, map_location='cpu'):
 
     Raises SystemExit when neither is whole.
     """
-    folder, reasons = Path(folder), []
-    candidates = [folder.with_name(folder.name + end) for end in ('', '.prev', '.tmp')]
+    folder = Path(folder)
+    beside = folder.with_name(folder.name + '.tmp')
+    candidates = [folder, folder.with_name(folder.name + '.prev')]
+    if beside.exists():                                # killed between the two renames: it is whole
+        candidates.append(beside)
     if not any(candidate.exists() for candidate in candidates):
         raise SystemExit(f'{folder}: no checkpoint here; is this the out dir of a run, and has it saved one?')
-    for candidate in candidates if candidates[2].exists() else candidates[:2]:   # .tmp: whole, if killed while moving
-        wrong = damage(candidate)
+    problems = []
+    for candidate in candidates:
+        wrong = corruption_of(candidate)
         if wrong is None:
-            if reasons:
-                print(f'{reasons[0]}: using {candidate}', file=sys.stderr)
-            tensors = {p.stem: torch.load(p, map_location=map_location, weights_only=True)
-                       for p in candidate.glob('*.pt')}
+            if problems:                               # in words:  the run loses the steps since then
+                print(f'{problems[0]}: using {candidate}', file=sys.stderr)
+            tensors = {}
+            for path in candidate.glob('*.pt'):
+                tensors[path.stem] = torch.load(path, map_location=map_location, weights_only=True)
             return tensors, json.loads((candidate / 'meta.json').read_text()), candidate
-        reasons.append(f'{candidate}: {wrong}')
-    raise SystemExit('no whole checkpoint: ' + '; '.join(reasons))
-
-
-FREE_ON_RESUME = {'resume', 'batch_size', 'out_dir', 'device', 'feature_cache', 'workers', 'log_every',
-                  'max_bad_samples', 'allow_failed_gates', 'epoch_samples', 'epoch_minutes', 'image_codec',
-                  'audio_codec', 'tensorboard'}
-
-
-def check_resumable(meta, settings, frozen_sha256, folder):
-    """A run goes on only as what it was: same settings, but for those of the machine, and same frozen weights."""
-    for key, had in meta['settings'].items():
-        if key not in FREE_ON_RESUME and json.dumps(settings.get(key)) != json.dumps(had):
-            raise SystemExit(f'{folder} has {key} = {had!r}, this run has {settings.get(key)!r}: cannot resume')
-    if meta['frozen_sha256'] != frozen_sha256:
-        raise SystemExit(f'{folder} was trained on other frozen weights (sha256 {meta["frozen_sha256"][:12]}, '
-                         f'this run has {frozen_sha256[:12]}): cannot resume')
+        problems.append(f'{candidate}: {wrong}')
+    raise SystemExit('no whole checkpoint: ' + '; '.join(problems))
 
 
 def has_checkpoint(folder):
@@ -258,15 +333,15 @@ def has_checkpoint(folder):
 
 
 # -----------------------------------------------------------------------------
-# the run: one writer per folder, a way to stop it, a log of it
+# one writer per folder, and what ran on what
 
 
 def lock_run(out_dir):
-    """Claim out_dir for this process until it ends; exits with one line if another run has it."""
+    """Claim out_dir for this process, as long as it keeps what this returns; exits with one line if another has it."""
     path = Path(out_dir)
     try:
         path.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(path / '.lock', timeout=0)
+        lock = FileLock(path / '.lock', timeout=0)     # the system gives it up when the process dies, kill -9 included
         lock.acquire()
     except Timeout:
         raise SystemExit(f'{out_dir}: another run is writing here; wait for it or set another out_dir')
@@ -275,86 +350,38 @@ def lock_run(out_dir):
     return lock
 
 
-class StopSignal:
-    """True once SIGTERM or Ctrl-C has come; the loop then saves and leaves. A second Ctrl-C ends at once."""
-    def __init__(self):
-        self.name = ''
-        for sig in signal.SIGTERM, signal.SIGINT:
-            signal.signal(sig, self.note)
-
-    def note(self, number, frame):
-        if self.name and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.name = signal.Signals(number).name
-
-    def __bool__(self):                                # on every rank or on none: one rank's signal stops all
-        return all_sum(bool(self.name)) > 0
+def processor_name():
+    """The processor's own name, since figures to the last digit belong to a kind of processor."""
+    try:
+        for line in Path('/proc/cpuinfo').read_text().splitlines():
+            if line.startswith('model name'):
+                return line.split(':', 1)[1].strip()
+    except OSError:
+        pass                                           # no Linux
+    return platform.processor() or platform.machine()
 
 
 def provenance():
     """Commit, dirty flag, versions and hardware, for the log's first record."""
     def git(*args):
         try:
-            return subprocess.run(['git', *args], cwd=Path(__file__).resolve().parent, capture_output=True,
-                                  text=True).stdout.strip()
-        except OSError:
+            done = subprocess.run(['git', *args], cwd=Path(__file__).resolve().parent, capture_output=True, text=True)
+        except OSError:                                # no git here
             return ''
-    import transformers
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return {'commit': git('rev-parse', '--short', 'HEAD'), 'dirty': bool(git('status', '--porcelain')),
-            'python': platform.python_version(), 'torch': torch.__version__, 'transformers': transformers.__version__,
-            'device': gpu or f'{platform.machine()} CPU, {os.cpu_count()} cores', 'date': time.strftime('%Y-%m-%d')}
-
-
-def tensorboard_writer(wanted):
-    """The class that writes for TensorBoard, or None; exits with one line when it is wanted and not installed."""
-    if not wanted:
-        return None
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise SystemExit('tensorboard = True, but the package tensorboard is not installed: pip install tensorboard, '
-                         'or set tensorboard = False')
-    return SummaryWriter
-
-
-class Log:
-    """out_dir/log.jsonl, one JSON object a line. On resume the records after the checkpoint's step are dropped, so that
-    the log of a resumed run has the lines of an uninterrupted one.
-
-    writer: of tensorboard_writer; the numbers of step and eval records then go to out_dir/tensorboard too.
-    """
-    def __init__(self, path, resume_step=None, active=True, writer=None):
-        self.path, self.active, self.board = Path(path), active, None
-        if not active:
-            return
-        if writer is not None:
-            folder, purge = self.path.parent / 'tensorboard', None if resume_step is None else resume_step + 1
-            if resume_step is None:                    # of a run that was killed before its first checkpoint
-                shutil.rmtree(folder, ignore_errors=True)
-            self.board = writer(str(folder), purge_step=purge)   # points from there on are hidden: they come again
-        kept = []
-        if resume_step is not None and self.path.exists():
-            kept = [line for line in self.path.read_text().splitlines() if complete(line, resume_step)]
-        write_atomic(self.path, ''.join(line + '\n' for line in kept))
-
-    def write(self, kind, **record):
-        if self.active:
-            with writing(self.path), open(self.path, 'a') as f:
-                f.write(json.dumps({'kind': kind, **record}) + '\n')
-        if self.board is not None and kind in ('step', 'eval'):
-            for name, value in record.items():
-                if name != 'step' and type(value) in (int, float):
-                    self.board.add_scalar(f'{kind}/{name}', value, record['step'])
-            self.board.flush()
-
-
-def complete(line, step):
-    """Is this log line whole, and not from after the step?"""
-    try:
-        return json.loads(line).get('step', 0) <= step
-    except ValueError:                                 # a kill can leave half a line at the end
-        return False
+        return done.stdout.strip()
+    import transformers                                # here: it takes a second, and most of this file is needed sooner
+    device = f'{processor_name()}, {os.cpu_count()} cores'
+    if torch.cuda.is_available():
+        device = torch.cuda.get_device_name()
+    return {
+        'commit': git('rev-parse', '--short', 'HEAD'),
+        'dirty': bool(git('status', '--porcelain')),
+        'python': platform.python_version(),
+        'torch': torch.__version__,
+        'transformers': transformers.__version__,
+        'device': device,
+        'date': time.strftime('%Y-%m-%d'),
+    }
 
 
 def peak_memory_mb(device):
@@ -365,7 +392,68 @@ def peak_memory_mb(device):
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10)
 
 
-def epoch_samples_for(epoch_minutes, step_seconds, rows_per_step):
-    """How many samples one epoch of epoch_minutes holds, from the median of measured step times, in whole steps."""
-    steps = max(1, int(epoch_minutes * 60 / float(np.median(step_seconds))))
-    return steps * rows_per_step
+# -----------------------------------------------------------------------------
+# progress
+
+
+class Progress:
+    """How far a long loop is. On a terminal a bar; elsewhere a plain line every half minute:
+
+        llm: step 400 of 2,000, loss 1.23, about 4 min left
+
+    position: the line of the bar, when several processes show one each; active: False on all ranks but the first.
+    """
+    SECONDS = 30
+
+    def __init__(self, total, title, initial=0, active=True, position=0, clock=time.monotonic):
+        self.total = total
+        self.title = title
+        self.done = self.initial = initial
+        self.active = active
+        self.clock = clock
+        self.began = self.spoke = clock()              # spoke: when a line was last written
+        self.bar = None
+        if active and sys.stderr.isatty():
+            # leave=None: only the bar on the first line stays when it is done, the others would shift each other
+            self.bar = tqdm(total=total, desc=title, initial=initial, position=position, dynamic_ncols=True, leave=None)
+
+    def update(self, n=1, **shown):
+        """n more are done. shown: numbers to show, such as loss=1.23."""
+        self.done += n
+        numbers = {name: f'{value:.4g}' for name, value in shown.items()}
+        if self.bar is not None:
+            if numbers:
+                self.bar.set_postfix(numbers, refresh=False)
+            self.bar.update(n)
+        elif self.active and self.clock() - self.spoke >= self.SECONDS:   # a line that was written counts too
+            parts = [f'{self.title}: step {self.done:,} of {self.total:,}']
+            parts += [f'{name} {number}' for name, number in numbers.items()]
+            self.write(', '.join([*parts, self.time_left()]))
+
+    def time_left(self):
+        elapsed = self.clock() - self.began
+        seconds = elapsed / max(self.done - self.initial, 1) * (self.total - self.done)
+        return f'about {math.ceil(seconds / 60)} min left' if seconds > 60 else f'about {math.ceil(seconds)} s left'
+
+    def write(self, line):
+        """A line of text above the bar."""
+        if not self.active:
+            return
+        self.spoke = self.clock()
+        if self.bar is not None:
+            self.bar.write(line)
+        else:
+            print(line, flush=True)
+
+    def close(self):
+        if self.bar is not None:
+            self.bar.close()
+
+
+def progress(items, title, active=True, position=0):
+    """The items one after the other, with a Progress."""
+    shown = Progress(len(items), title, active=active, position=position)
+    for item in items:
+        yield item
+        shown.update()
+    shown.close()

@@ -1,9 +1,9 @@
 """
 Use a checkpoint: caption pictures with an A1 run, ask about them or chat with an A2 run; with a B3 or B4 run describe
-pictures and sounds, draw, and make sounds. Or let it leave: a folder that others load, with a card, by --export.
+pictures and sounds, draw, and generate audio. Or export it: a folder that other programs load, with a card.
 
 reads   a run's out dir (its ckpt/ names the base models and codecs), pictures and sounds
-writes  what it draws and sounds, in the folder --to; one line for each answer, or one JSON object a line with --json;
+writes  generated pictures and audio, in the folder --to; one line per answer, or one JSON object per line with --json;
         with --export that folder alone, whole or not at all
 done    when everything has its answer; exits 1 at the first file that cannot be read
 
@@ -14,7 +14,7 @@ $ python sample.py out/b4_small --draw "a red circle above a blue square" --n 4
 $ python sample.py out/b4_small --sound "two high bright tones, rising, fading"
 $ python sample.py out/b4_small --image data/small/captions/images/000000.png --audio data/small/sounds/audio/000000.wav
 $ python sample.py out/b4_small --export out/b4_small_qwen3        # a stock Qwen3: transformers alone loads it
-$ python sample.py out/a2_small --export out/a2_small_graft        # adapter and connector: model.load_exported
+$ python sample.py out/a2_small --export out/a2_small_graft        # for load_exported of tools/export.py
 """
 import argparse
 import json
@@ -22,31 +22,34 @@ import sys
 from pathlib import Path
 
 import soundfile
-from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
+from peft import set_peft_model_state_dict
 from PIL import Image
 
-from common import frozen_dtype, init_ranks, load_checkpoint, require_vacant, writing
-from data import read_audio, read_image
-from tools.export import export_graft, export_tokens
-from model import Speaker, load_tokenizer, load_vlm, require_frozen
-from token_model import load_token_lm, read_text, write_codes
-from uti import UTI, Grammar, TokenSpace, tokenizer_sha256
+from common import frozen_dtype, init_ranks, load_checkpoint, one_line_io_errors, require_vacant
+from media import read_audio, read_image
+from inference import VisionChat
+from model import load_vlm, lora
+from token_model import load_token_model, read_text, write_codes
+from tools.export import export_graft, export_token_model, usual_guidance
+from uti import UTI, Grammar, TokenSpace
 
+# -----------------------------------------------------------------------------
+# arguments
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument('run', help='out dir of train_a1.py, train_a2.py, train_b3.py or train_b4.py')
 parser.add_argument('--image', nargs='+', default=[], metavar='FILE', help='one or more pictures')
 parser.add_argument('--audio', nargs='+', default=[], metavar='FILE', help='one or more sounds to describe (B3, B4)')
-parser.add_argument('--draw', nargs='+', default=[], metavar='TEXT', help='pictures of what each text says (B3, B4)')
-parser.add_argument('--sound', nargs='+', default=[], metavar='TEXT', help='sounds of what each text says (B3, B4)')
-parser.add_argument('--n', type=int, default=1, help='of each picture or sound, seeds --seed, --seed + 1, ... (B3, B4)')
-parser.add_argument('--guidance', type=float, help='above 1 a text to draw or to sound counts more (B3, B4)')
-parser.add_argument('--to', default='out/samples', metavar='FOLDER', help='where pictures and sounds go')
+parser.add_argument('--draw', nargs='+', default=[], metavar='TEXT', help='a picture of each text (B3, B4)')
+parser.add_argument('--sound', nargs='+', default=[], metavar='TEXT', help='audio of each text (B3, B4)')
+parser.add_argument('--n', type=int, default=1, help='of each answer, seeds --seed, --seed + 1, ... (B3, B4)')
+parser.add_argument('--guidance', type=float, help="above 1 the text counts more; default: the run's own (B3, B4)")
+parser.add_argument('--to', default='out/samples', metavar='FOLDER', help='where generated pictures and audio go')
 parser.add_argument('--prompt', help='what to ask (A2); without it: a chat on a terminal, else a description')
 parser.add_argument('--export', metavar='FOLDER', help='write the run as a model that others load, and nothing else')
-parser.add_argument('--json', action='store_true', help='one JSON object a line')
+parser.add_argument('--json', action='store_true', help='one JSON object per line')
 parser.add_argument('--max_new_tokens', type=int, default=128)
-parser.add_argument('--temperature', type=float, help='0 is greedy, as texts are without it; what is drawn and '
-                    'sounded has the temperature of its run')
+parser.add_argument('--temperature', type=float, help="0 is greedy; default: greedy for text, the run's own setting "
+                    'for pictures and audio')
 parser.add_argument('--top_p', type=float, default=1.0)
 parser.add_argument('--seed', type=int, default=0)
 parser.add_argument('--device', default='auto')
@@ -55,147 +58,222 @@ parser.add_argument('--vision', help='the same for the vision tower')
 parser.add_argument('--image_codec', help='the same for the codec of pictures')
 parser.add_argument('--audio_codec', help='the same for the codec of sounds')
 args = parser.parse_args()
-if args.max_new_tokens < 1 or (args.temperature or 0) < 0 or not 0 < args.top_p <= 1 or args.n < 1:
-    parser.error('wanted --max_new_tokens and --n of at least 1, --temperature of at least 0, --top_p above 0 and up '
-                 'to 1')
-if bool(args.image or args.audio or args.draw or args.sound) == bool(args.export):
-    parser.error('wanted --image, --audio, --draw or --sound, or --export alone')
 
+# checks
+asked = args.image or args.audio or args.draw or args.sound
+if args.export and asked:
+    parser.error('--export goes alone: wanted no --image, --audio, --draw or --sound beside it')
+if not args.export and not asked:
+    parser.error('nothing to do: wanted --image, --audio, --draw, --sound or --export')
+if args.max_new_tokens < 1 or args.n < 1:
+    parser.error('wanted --max_new_tokens and --n of at least 1')
+if args.temperature is not None and not args.temperature >= 0:
+    parser.error('wanted a --temperature of at least 0')
+if not 0 < args.top_p <= 1:
+    parser.error('wanted a --top_p above 0 and up to 1')
 if args.export:
     require_vacant(args.export)
-if args.draw or args.sound:
-    with writing(args.to):
-        Path(args.to).mkdir(parents=True, exist_ok=True)
 
-# the model, as its checkpoint describes it
+# the run, as its checkpoint describes it
+# an export takes place on the CPU, whatever the run was trained on: it multiplies next to nothing
 _, _, device = init_ranks('cpu' if args.export else args.device)
-dtype = 'auto' if args.export else frozen_dtype('auto', device)   # what leaves has the precision of its base
 tensors, meta, _ = load_checkpoint(Path(args.run) / 'ckpt', device)
-stage, settings = meta.get('stage'), meta['settings']
+stage = meta.get('stage')
+settings = meta['settings']
 if stage not in ('a1', 'a2', 'b3', 'b4'):
     raise SystemExit(f'{args.run} is a run of stage {stage!r}, wanted a1, a2, b3 or b4')
-
-
-def adapted(llm):
-    """The LoRA of the run's settings, put into a language model in its place."""
-    return get_peft_model(llm, LoraConfig(r=settings['lora_r'], lora_alpha=settings['lora_alpha'],
-                                          target_modules=settings['lora_targets'], task_type='CAUSAL_LM'))
-
-
-# Track B: describe, draw, sound
-if stage in ('b3', 'b4'):
-    if args.prompt:
-        raise SystemExit(f'{args.run} is a {stage.upper()} run, which describes and takes no --prompt; use an A2 run '
-                         'to ask, or --draw or --sound')
-    model, space = meta['model'], TokenSpace(*(meta['token_space'][name] for name in ('base', 'image', 'audio')))
-    model['llm'] = args.llm or model['llm']
-    grammar = Grammar(space)
-    if not args.export:
-        named = {f'{kind}_codec': getattr(args, f'{kind}_codec') or settings[f'{kind}_codec']
-                 for kind in ('image', 'audio') if getattr(space, kind)}
-        for name, where in named.items():
-            if not where:
-                raise SystemExit(f'{args.run} was trained without its codecs: say with --{name} where this one is')
-        prefixes = {f'{kind}_prefix': settings.get(f'{kind}_prefix', '') for kind in ('image', 'audio')}
-        codecs = UTI.of_space(space, args.run, model['llm'], **named, **prefixes)
-    lm = load_token_lm(**model, space=space, dtype=dtype, device=device)
-    lm.load_rows(tensors['rows'], args.run)
-    frozen, adapter = [(name, p) for name, p in lm.named_parameters() if not p.requires_grad], None
-    if stage == 'b4' and not settings['full_tune']:
-        adapter = adapted(lm.llm)
-        set_peft_model_state_dict(adapter, tensors['tuned'])
-    elif stage == 'b4':
-        frozen = [(name, p) for name, p in frozen if name not in tensors['tuned']]
-        lm.llm.model.layers.float(), lm.llm.model.norm.float()
-        missing = lm.load_state_dict(tensors['tuned'], strict=False).missing_keys
-        assert not {name for name in missing if name.startswith('llm.model.layers.')}
-    lm.eval()
-    if args.export:
-        tokenizer = load_tokenizer(model['llm'])
-        if tokenizer_sha256(tokenizer) != space.base['tokenizer_sha256']:
-            raise SystemExit(f'{model["llm"]} has another tokenizer than {args.run} was made with: restore it')
-        require_frozen(frozen, meta['frozen_sha256'], args.run)
-        verdict = export_tokens(lm, adapter, tokenizer, args.export, args.run, meta)
-        print(f'{args.export}: {verdict}; see README.md in it')
-        sys.exit(0)
-    seeds = list(range(args.seed, args.seed + args.n))
-
-    def answer(where, said, **more):
-        print(json.dumps({**where, **more, 'text': said}) if args.json else f'{" ".join(where.values())}: {said}')
-
-    for kind, task, files in (('image', 'i2t', args.image), ('audio', 'a2t', args.audio)):
-        for file in files:
-            grammar.length(kind)                       # one line when this token space has none of it
-            if kind == 'image':
-                codes, _ = codecs.encode_image([read_image(file, space.image['size'])])
-            else:
-                codes, _ = codecs.encode_audio([read_audio(file, space.audio['sample_rate'], space.audio['samples'])])
-            for seed, ids in zip(seeds, read_text(lm, grammar, task, [codes[0]] * args.n, args.max_new_tokens,
-                                                  args.temperature or 0.0, args.top_p, seeds)):
-                answer({kind: file}, codecs.tokenizer.decode(ids, skip_special_tokens=True).strip(), seed=seed)
-    guidance = args.guidance or (settings['guidance'][0] if stage == 'b4' else settings['guidance'])
-    temperature = settings['temperature'] if args.temperature is None else args.temperature
-    for kind, task, texts in (('image', 't2i', args.draw), ('audio', 't2a', args.sound)):
-        for k, text in enumerate(texts):
-            room = settings['max_seq_len'] - grammar.length(kind) - 3
-            ids = codecs.encode_text(text)[:room]      # as training cuts a prompt
-            codes = write_codes(lm, grammar, task, [ids] * args.n, temperature, 0, args.top_p, guidance, seeds)
-            for seed, one in zip(seeds, codes):
-                file = Path(args.to) / (f'draw_{k}_{seed}.png' if kind == 'image' else f'sound_{k}_{seed}.wav')
-                if kind == 'image':
-                    made = codecs.decode_image(one[None], [{'size': space.image['size']}])[0]
-                    with writing(file):
-                        Image.fromarray(made.transpose(1, 2, 0)).save(file)
-                else:
-                    whole = {'n_samples': space.audio['samples'], 'sample_rate': space.audio['sample_rate']}
-                    made = codecs.decode_audio(one[None], [whole])[0]
-                    with writing(file):
-                        soundfile.write(file, made, space.audio['sample_rate'])
-                answer({kind: str(file)}, text, seed=seed)
-    sys.exit(0)
-
-# Track A: caption, ask, chat
-if args.audio or args.draw or args.sound:
+track_b = stage in ('b3', 'b4')
+if track_b and args.prompt is not None:
+    raise SystemExit(f'{args.run} is a {stage.upper()} run, which describes and takes no --prompt; use an A2 run to '
+                     'ask, or --draw or --sound')
+if not track_b and (args.audio or args.draw or args.sound):
     raise SystemExit(f'{args.run} is an {stage.upper()} run, which sees pictures only; use a B3 or B4 run for sounds '
                      'and to draw')
-args.temperature = args.temperature or 0.0
-chats, model = stage == 'a2', meta['model']
-if args.prompt and not chats:
+if stage == 'a1' and args.prompt is not None:
     raise SystemExit(f'{args.run} is an A1 run, which captions and takes no --prompt; use an A2 run to ask')
-model.update({k: v for k, v in (('llm', args.llm), ('vision', args.vision)) if v})
-vlm, adapter = load_vlm(**model, dtype=dtype, device=device), None
-frozen = [(name, p) for name, p in vlm.named_parameters() if not p.requires_grad]
-vlm.connector.load_state_dict(tensors['connector'])
-if chats:
-    adapter = adapted(vlm.llm)
-    set_peft_model_state_dict(adapter, tensors['lora'])
-if args.export:
-    frozen_as = require_frozen(frozen, meta['frozen_sha256'], args.run)
-    verdict = export_graft(vlm, adapter, args.export, args.run, meta, frozen_as)
-    print(f'{args.export}: {verdict}; see README.md in it')
-    sys.exit(0)
-speaker = Speaker(vlm, model['llm'], model['vision'], settings['max_seq_len'])
+if args.draw or args.sound:
+    with one_line_io_errors(args.to):
+        Path(args.to).mkdir(parents=True, exist_ok=True)
+
+# the checkpoint says where the base models were; they may have moved
+if args.llm:
+    meta['model']['llm'] = args.llm
+if args.vision and not track_b:
+    meta['model']['vision'] = args.vision
+if track_b:
+    space = TokenSpace.of_fields(meta['token_space'])
+    grammar = Grammar(space)
+
+# in use, frozen weights have the precision of the run; an export keeps that in which its base is stored
+dtype = 'auto' if args.export else frozen_dtype(settings['dtype'], device)
+text_temperature = 0.0 if args.temperature is None else args.temperature   # 0 is a temperature too: it is greedy
+seeds = list(range(args.seed, args.seed + args.n))
 
 
-def reply(turns, tokens):
-    """The model's text after `turns`, [(question, answer), ..., (question, None)]; turns = None captions."""
-    return speaker.say(tokens, turns, args.max_new_tokens, args.temperature, args.top_p, args.seed)
+def with_lora(llm, state):
+    """The LoRA of this run, put into a language model in its place."""
+    adapter = lora(llm, settings['lora_r'], settings['lora_alpha'], settings['lora_dropout'], settings['lora_targets'])
+    set_peft_model_state_dict(adapter, state)
+    return adapter
 
 
-if chats and args.prompt is None and sys.stdin.isatty() and not args.json:
-    if len(args.image) > 1:
-        raise SystemExit(f'a chat is about one picture, found {len(args.image)}; give one, or a --prompt')
-    tokens, turns = speaker.see(args.image[0]), []
-    print(f'{args.image[0]}: ask about it; an empty line ends the chat')
+def show(kind, file, text, **more):
+    """Print one answer."""
+    if args.json:
+        print(json.dumps({kind: file, **more, 'text': text}))
+    else:
+        print(f'{file}: {text}')
+
+
+# -----------------------------------------------------------------------------
+# Track B
+
+
+def load_codecs():
+    """What turns files into ids and back, by the codecs that this run was trained with."""
+    wanted = {}                                        # arguments of UTI.of_space
+    for kind in 'image', 'audio':
+        if getattr(space, kind) is None:               # a token space may have one of them alone
+            continue
+        name = f'{kind}_codec'
+        wanted[name] = getattr(args, name) or settings[name]
+        wanted[f'{kind}_prefix'] = settings.get(f'{kind}_prefix', '')
+        if not wanted[name]:
+            raise SystemExit(f'{args.run} was trained without its codecs: say with --{name} where this one is')
+    return UTI.of_space(space, args.run, meta['model']['llm'], **wanted)   # refuses other codecs than the run's
+
+
+def load_track_b():
+    """(token model, the peft model around its LLM or None), ready to use."""
+    model = load_token_model(**meta['model'], space=space, dtype=dtype, device=device)
+    model.load_new_rows_state(tensors['new_rows'], args.run)
+    adapter = None
+    if stage == 'b4' and not settings['full_tune']:
+        adapter = with_lora(model.llm, tensors['tuned'])
+    elif stage == 'b4':
+        # as in training: the layers are in float32, and not frozen, which is what an export goes by
+        model.llm.model.layers.float().requires_grad_(True)
+        model.llm.model.norm.float().requires_grad_(True)
+        # not strict: embeddings, head and new rows are not among the tuned weights; every layer has to be
+        missing = model.load_state_dict(tensors['tuned'], strict=False).missing_keys
+        assert not any(name.startswith('llm.model.layers.') for name in missing), missing
+    return model.eval(), adapter
+
+
+def describe(kind, file):
+    """Print what the model says about a picture or a sound, once per seed."""
+    grammar.length(kind)                               # exits with one line when this token space has none of it
+    if kind == 'image':
+        codes, _ = codecs.encode_image([read_image(file, space.image['size'])])
+    else:
+        codes, _ = codecs.encode_audio([read_audio(file, space.audio['sample_rate'], space.audio['samples'])])
+    task = 'i2t' if kind == 'image' else 'a2t'
+    payloads = [codes[0]] * args.n                     # one for each seed; greedy, their texts are alike
+    answers = read_text(model, grammar, task, payloads, args.max_new_tokens,
+                        temperature=text_temperature, top_p=args.top_p, seeds=seeds)
+    for seed, ids in zip(seeds, answers):
+        show(kind, file, codecs.tokenizer.decode(ids, skip_special_tokens=True).strip(), seed=seed)
+
+
+def generate(kind, k, text):
+    """Draw text number k, or generate its audio, once per seed: files in the folder --to."""
+    # a prompt is cut as in training: codes, two markers and the end have their place
+    room = settings['max_seq_len'] - grammar.length(kind) - 3
+    ids = codecs.encode_text(text)[:room]
+    guidance = usual_guidance(meta) if args.guidance is None else args.guidance
+    temperature = settings['temperature'] if args.temperature is None else args.temperature
+    task = 't2i' if kind == 'image' else 't2a'
+    payloads = write_codes(model, grammar, task, [ids] * args.n, seeds=seeds,
+                           temperature=temperature, top_p=args.top_p, guidance=guidance)
+    for seed, codes in zip(seeds, payloads):           # codes (N,)
+        if kind == 'image':
+            file = Path(args.to) / f'draw_{k}_{seed}.png'
+            pixels = codecs.decode_image(codes[None], [{'size': space.image['size']}])[0]
+            with one_line_io_errors(file):
+                Image.fromarray(pixels.transpose(1, 2, 0)).save(file)
+        else:
+            file = Path(args.to) / f'sound_{k}_{seed}.wav'
+            rate = space.audio['sample_rate']
+            wave = codecs.decode_audio(codes[None], [{'n_samples': space.audio['samples'], 'sample_rate': rate}])[0]
+            with one_line_io_errors(file):
+                soundfile.write(file, wave, rate)
+        show(kind, str(file), text, seed=seed)
+
+
+# -----------------------------------------------------------------------------
+# Track A
+
+
+def load_track_a():
+    """(VLM, the peft model around its LLM or None)."""
+    vlm = load_vlm(**meta['model'], dtype=dtype, device=device)
+    vlm.connector.load_state_dict(tensors['connector'])
+    if stage == 'a1':
+        return vlm, None
+    return vlm, with_lora(vlm.llm, tensors['lora'])
+
+
+def reply(image, turns):
+    """The model's text about image tokens. turns: [(question, answer), ..., (question, None)]; None for a caption."""
+    return chat.reply(image, turns, max_new_tokens=args.max_new_tokens, temperature=text_temperature,
+                      top_p=args.top_p, seed=args.seed)
+
+
+def caption(file):
+    show('image', file, reply(chat.encode_image(file), None), prompt=None)
+
+
+def ask(file, prompt):
+    show('image', file, reply(chat.encode_image(file), [(prompt, None)]), prompt=prompt)
+
+
+def chat_on_terminal(file):
+    image = chat.encode_image(file)
+    turns = []
+    print(f'{file}: ask about it; an empty line ends the chat')
     try:
         while question := input('> ').strip():
-            turns.append((question, None))
-            turns[-1] = (question, reply(turns, tokens))
-            print(turns[-1][1])
+            answer = reply(image, [*turns, (question, None)])
+            turns.append((question, answer))
+            print(answer)
     except (EOFError, KeyboardInterrupt):
         print()
+
+
+# -----------------------------------------------------------------------------
+# what was asked for
+if args.export:
+    if track_b:
+        model, adapter = load_track_b()
+        verdict = export_token_model(model, adapter, args.export, args.run, meta)
+    else:
+        vlm, adapter = load_track_a()
+        verdict = export_graft(vlm, adapter, args.export, args.run, meta)
+    print(f'{args.export}: {verdict}; see README.md in it')
+    sys.exit(0)
+
+if track_b:
+    codecs = load_codecs()                             # before the model: a missing one is met at once
+    model, _ = load_track_b()
+    for file in args.image:
+        describe('image', file)
+    for file in args.audio:
+        describe('audio', file)
+    for k, text in enumerate(args.draw):
+        generate('image', k, text)
+    for k, text in enumerate(args.sound):
+        generate('audio', k, text)
+    sys.exit(0)
+
+vlm, _ = load_track_a()
+chat = VisionChat(vlm, meta['model']['llm'], meta['model']['vision'], settings['max_seq_len'])
+if stage == 'a1':
+    for file in args.image:
+        caption(file)
+elif args.prompt is None and sys.stdin.isatty() and not args.json:
+    if len(args.image) > 1:
+        raise SystemExit(f'a chat is about one picture, found {len(args.image)}; give one, or a --prompt')
+    chat_on_terminal(args.image[0])
 else:
-    prompt = (args.prompt or 'Describe this image.') if chats else None
-    for image in args.image:
-        text = reply([(prompt, None)] if chats else None, speaker.see(image))
-        print(json.dumps({'image': image, 'prompt': prompt, 'text': text}) if args.json else f'{image}: {text}')
+    for file in args.image:
+        ask(file, 'Describe this image.' if args.prompt is None else args.prompt)

@@ -25,15 +25,17 @@ base_config = ''               # a config of train_a1.py: everything that the gr
 out_dir = 'out/a11'
 grid = {'learning_rate': [5e-5, 1e-4, 2e-4], 'vision_ln': [False, True]}   # setting of train_a1.py -> its values
 overrides = {}                 # more settings for every run, a shorter epoch for example
+seed = 1                       # of every run
 nproc_per_node = 1             # GPUs of each run; the runs follow one another
 score_weight = 0.1             # score = held-out loss - score_weight * (d_shuffle + d_zero): lower is better
 config = configure(globals(), required=('base_config',))
 # -----------------------------------------------------------------------------
 
-lock, out = lock_run(out_dir), Path(out_dir)
-points = [dict(zip(grid, values)) for values in itertools.product(*grid.values())]
+lock = lock_run(out_dir)
+out = Path(out_dir)
 if not Path(base_config).is_file():
     raise SystemExit(f'base_config = {base_config!r}: no such file; wanted a config of train_a1.py')
+points = [dict(zip(grid, values)) for values in itertools.product(*grid.values())]
 if not grid or not points:
     raise SystemExit(f'grid = {grid!r} has no point: every setting in it needs at least one value')
 
@@ -42,79 +44,98 @@ def name_of(point):
     return ','.join(f'{key}={value}' for key, value in point.items())
 
 
-def state_of(folder):
-    return json.loads((folder / 'status.json').read_text())['state'] if (folder / 'status.json').exists() else 'new'
+def is_finished(folder):
+    """A run's exit status also says that a gate failed; its status file says that it came to its end."""
+    path = folder / 'status.json'
+    return path.exists() and json.loads(path.read_text())['state'] == 'finished'
 
 
-launch = [sys.executable] if nproc_per_node == 1 else [
-    sys.executable, '-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={nproc_per_node}']
-script, shared = str(Path(__file__).with_name('train_a1.py')), {}
+# the runs, one after the other; the first one's held-out items and length hold for all
+launch = [sys.executable]
+if nproc_per_node > 1:
+    launch += ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={nproc_per_node}']
+script = str(Path(__file__).with_name('train_a1.py'))
+split = None
+epoch_samples = 0
 for point in points:
     folder = out / name_of(point)
-    if state_of(folder) == 'finished':
+    if is_finished(folder):
         print(f'{folder}: finished before')
     else:
-        if shared.get('split') and not (folder / 'split.json').exists():   # the same held-out items for every run
-            folder.mkdir(parents=True, exist_ok=True)
-            shutil.copy(shared['split'], folder / 'split.json')
-        settings = {'epoch_samples': shared.get('epoch_samples', 0), **overrides, **point}
-        if not settings['epoch_samples']:
-            del settings['epoch_samples']              # the first run's choice, by config or measured, holds for all
         print(f'{folder}: running', flush=True)
-        code = subprocess.run([*launch, script, base_config, *(f'--{k}={v}' for k, v in settings.items()),
-                               f'--out_dir={folder}', '--resume=True']).returncode
-        if state_of(folder) != 'finished':
-            raise SystemExit(f'{folder}: the run ended early (exit status {code}); '
+        if split and not (folder / 'split.json').exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            shutil.copy(split, folder / 'split.json')
+        settings = {'seed': seed, **overrides, **point}
+        if epoch_samples:
+            settings.setdefault('epoch_samples', epoch_samples)
+        flags = [f'--{key}={value}' for key, value in settings.items()]
+        done = subprocess.run([*launch, script, base_config, *flags, f'--out_dir={folder}', '--resume=True'])
+        if not is_finished(folder):
+            raise SystemExit(f'{folder}: the run ended early (exit status {done.returncode}); '
                              'start the sweep again to go on with it')
-    first = json.loads((folder / 'log.jsonl').read_text().splitlines()[0])
-    shared = {'split': folder / 'split.json', 'epoch_samples': first['epoch_samples']}
+    first_record = json.loads((folder / 'log.jsonl').read_text().splitlines()[0])
+    epoch_samples = first_record['epoch_samples']
+    split = folder / 'split.json'
 
-# scores
-table = []
+# scores, at the end of each run
+results = []
 for point in points:
     folder = out / name_of(point)
-    result = json.loads((folder / 'gates.json').read_text())
-    loss = result['losses']
-    d_shuffle, d_zero = loss['shuffled'] - loss['correct'], loss['zero'] - loss['correct']
-    table.append({**point, 'score': loss['correct'] - score_weight * (d_shuffle + d_zero), 'loss': loss['correct'],
-                  'd_shuffle': d_shuffle, 'd_zero': d_zero, 'gates_passed': result['passed'], 'folder': str(folder)})
-table.sort(key=lambda row: row['score'])
-good = [row for row in table if row['gates_passed']]
-write_atomic(out / 'sweep.json',
-             json.dumps({'settings': config, 'runs': table, 'best': good[0] if good else None}, indent=1))
+    verdict = json.loads((folder / 'gates.json').read_text())
+    loss = verdict['losses']
+    d_shuffle = loss['shuffled'] - loss['correct']
+    d_zero = loss['zero'] - loss['correct']
+    results.append({
+        **point,
+        'score': loss['correct'] - score_weight * (d_shuffle + d_zero),
+        'loss': loss['correct'],
+        'd_shuffle': d_shuffle,
+        'd_zero': d_zero,
+        'gates_passed': verdict['passed'],
+        'folder': str(folder),
+    })
+results.sort(key=lambda result: result['score'])
+passed = [result for result in results if result['gates_passed']]
+best = passed[0] if passed else None
+write_atomic(out / 'sweep.json', json.dumps({'settings': config, 'runs': results, 'best': best}, indent=1))
 with open(out / 'sweep.csv', 'w', newline='') as f:
-    writer = csv.DictWriter(f, table[0])
+    writer = csv.DictWriter(f, results[0])
     writer.writeheader()
-    writer.writerows(table)
-for row in table:
-    print(f"{row['score']:8.4f}  loss {row['loss']:.4f}  d_shuffle {row['d_shuffle']:.3f}  d_zero {row['d_zero']:.3f}  "
-          f"gates {'passed' if row['gates_passed'] else 'FAILED'}  {name_of({k: row[k] for k in grid})}")
+    writer.writerows(results)
+for result in results:
+    point = {key: result[key] for key in grid}
+    verdict = 'passed' if result['gates_passed'] else 'FAILED'
+    print(f'{result["score"]:8.4f}  loss {result["loss"]:.4f}  d_shuffle {result["d_shuffle"]:.3f}  '
+          f'd_zero {result["d_zero"]:.3f}  gates {verdict}  {name_of(point)}')
+
+# the winner as a config
+if best is None:
+    raise SystemExit(f'{out_dir}: no run passed its gates, so there is no best.py')
+first_record = json.loads((Path(best['folder']) / 'log.jsonl').read_text().splitlines()[0])
+settings = {**first_record['settings'], 'out_dir': str(out / 'best'), 'resume': False}
+lines = [
+    f'# The best of {len(results)} runs: score {best["score"]:.4f}, held-out loss {best["loss"]:.4f}.',
+    f'# $ python train_a1.py {out / "best.py"}',
+]
+lines += [f'{key} = {value!r}' for key, value in settings.items()]
+write_atomic(out / 'best.py', '\n'.join(lines) + '\n')
+print(f'{out}/best.py: {name_of({key: best[key] for key in grid})}')
 
 # chart: the first knob along the axis, a line for each setting of the others
-import matplotlib  # noqa: E402  after the runs: drawing is all it is for
-
-matplotlib.use('Agg')
-import matplotlib.pyplot as plt  # noqa: E402
+from matplotlib.figure import Figure  # noqa: E402  after the runs: drawing is all it is for
 
 axis, *others = grid
-figure, plot = plt.subplots(figsize=(6, 4), layout='constrained')
-for values in itertools.product(*(grid[k] for k in others)):
-    line = [next(r for r in table if r[axis] == x and all(r[k] == v for k, v in zip(others, values)))
-            for x in grid[axis]]
-    plot.plot([str(x) for x in grid[axis]], [r['score'] for r in line], 'o-',
-              label=name_of(dict(zip(others, values))) or None)
+figure = Figure(figsize=(6, 4), layout='constrained')
+plot = figure.subplots()
+for values in itertools.product(*(grid[key] for key in others)):
+    rest = dict(zip(others, values))
+    scores = []
+    for x in grid[axis]:
+        point = {axis: x, **rest}
+        scores += [result['score'] for result in results if point.items() <= result.items()]
+    plot.plot([str(x) for x in grid[axis]], scores, 'o-', label=name_of(rest) or None)
 plot.set(xlabel=axis, ylabel='score (lower is better)', title='A1.1 sweep, at the end of each run')
 if others:
     plot.legend()
 figure.savefig(out / 'sweep.png', dpi=110)
-
-# the winner as a config
-if not good:
-    raise SystemExit(f'{out_dir}: no run passed its gates, so there is no best.py')
-best = good[0]
-settings = json.loads((Path(best['folder']) / 'log.jsonl').read_text().splitlines()[0])['settings']
-lines = [f'# The best of {len(table)} runs: score {best["score"]:.4f}, held-out loss {best["loss"]:.4f}.',
-         f'# $ python train_a1.py {out / "best.py"}']
-lines += [f'{k} = {v!r}' for k, v in {**settings, 'out_dir': str(out / 'best'), 'resume': False}.items()]
-write_atomic(out / 'best.py', '\n'.join(lines) + '\n')
-print(f'{out}/best.py: {name_of({k: best[k] for k in grid})}')

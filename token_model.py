@@ -1,10 +1,11 @@
 """
-The token model of Track B: a frozen Qwen3 with new rows for the ids of images and sounds, the typed head, sampling
+The token model of Track B: a frozen Qwen3 with new rows for the ids of images and audio, the typed head, sampling
 under the grammar, and an export that needs none of this.
 
-Letters: B rows, T tokens of all rows together, M labels, D LLM width, V text rows, N codes of a payload.
+Letters: B examples, T tokens of all examples together, M labels, D width of the language model, V text rows, N codes of
+a payload.
 
-The new rows are parameters of their own. The base matrices are read where they lie: never copied, never given a
+The new rows are parameters of their own. The base matrices are read where they are: never copied, never given a
 gradient or an optimizer state, whether the base ties them or not.
 """
 import copy
@@ -15,22 +16,24 @@ import math
 import os
 import shutil
 from collections import Counter
-from contextlib import nullcontext
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
+import soundfile
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import nn
 from transformers import AddedToken, AutoModelForCausalLM, GenerationConfig
-from transformers.cache_utils import DynamicCache
 
-from common import all_gather, write_atomic
-from data import collate, prompt_of, with_prompt
-from model import generate, label_losses, left_padded, load_llm, pick
-from uti import SPECIALS, TASKS, TokenSpace
+from common import gather_in_order, in_parts, one_line_io_errors, write_atomic
+from data import collate
+from inference import Continuation, generate, pick, seeded_generators, sum_by_example
+from media import contact_sheet
+from model import NO_MASKS, hidden_states, label_losses, load_llm, precision_of
+from shards import prompt_of, with_media, with_prompt
+from uti import TASKS, TokenSpace
 
 # -----------------------------------------------------------------------------
 # the model
@@ -42,56 +45,59 @@ def fresh_rows(matrix, n, noise):
     return nn.Parameter(mean + noise * torch.randn(n, matrix.shape[1]).to(mean.device))
 
 
-class TokenLM(nn.Module):
-    """Qwen3 and the new rows of a token space. forward(batch) -> summed loss in nats.
+class TokenModel(nn.Module):
+    """Qwen3 and the new rows of a token space. forward(batch): summed loss in nats. Seed before calling.
 
-    typed_head: a label's probability is taken over the range that the grammar expects there, so that text has exactly
-    the base model's probabilities; False: over every id, which is what an engine without the grammar computes.
-    Seed before calling.
+    typed_head: probabilities are over the range that the grammar expects at each label, so that text has exactly those
+    of the base model; False: over every id, which is what an engine without the grammar computes.
     """
     def __init__(self, llm, space, typed_head=True, noise=0.02):
         super().__init__()
-        assert llm.config._attn_implementation == 'rows', 'with another attention rows of a batch would see each other'
-        rows = llm.get_input_embeddings().weight.shape[0]
-        if rows != space.n_text:
-            raise SystemExit(f'the language model has {rows} embedding rows, the token space counts {space.n_text} '
+        assert llm.config._attn_implementation == 'unpadded', 'another attention would look across examples'
+        n_rows = llm.get_input_embeddings().weight.shape[0]
+        if n_rows != space.n_text:
+            raise SystemExit(f'the language model has {n_rows} embedding rows, the token space counts {space.n_text} '
                              'text rows: take the base model that it was made for')
-        self.llm, self.space, self.typed_head = llm, space, typed_head
-        self.new_in = fresh_rows(llm.get_input_embeddings().weight, space.n_new, noise)
-        self.new_out = fresh_rows(llm.get_output_embeddings().weight, space.n_new, noise)
+        self.llm = llm
+        self.space = space
+        self.typed_head = typed_head
+        self.new_in = fresh_rows(llm.get_input_embeddings().weight, space.n_new, noise)         # (new, D)
+        self.new_out = fresh_rows(llm.get_output_embeddings().weight, space.n_new, noise)       # (new, D)
 
     def precision(self):
-        """bf16 autocast where the frozen weights are bf16: the new rows in float32 are the masters."""
-        half = self.llm.dtype == torch.bfloat16
-        return torch.autocast(self.llm.device.type, torch.bfloat16) if half else nullcontext()
+        return precision_of(self.llm)
 
     def train(self, mode=True):
         """A language model with nothing to learn stays in eval mode."""
-        self.training = mode
+        self.training = mode                           # LoRA's dropout, or layers tuned whole
         self.llm.train(mode and any(p.requires_grad for p in self.llm.parameters()))
         return self
 
     def embed(self, ids):
-        """Ids of the whole space, (...), -> (..., D). Both tables are looked up everywhere and one answer is kept: that
-        is less than a host sync costs, and a row that is not kept gets a gradient of exactly 0."""
-        base, first = self.llm.get_input_embeddings().weight, self.space.n_text
-        old = F.embedding(ids.clamp(max=first - 1), base)
-        new = F.embedding((ids - first).clamp(min=0), self.new_in).to(old.dtype)
-        return torch.where((ids >= first)[..., None], new, old)
+        """Ids of the whole space, (...), -> (..., D)."""
+        # both tables are looked up for every id and one answer is kept: that costs less than a host sync to tell them
+        # apart, and an answer that is not kept has a gradient of exactly 0
+        first_new = self.space.n_text
+        old = F.embedding(ids.clamp(max=first_new - 1), self.llm.get_input_embeddings().weight)
+        new = F.embedding((ids - first_new).clamp(min=0), self.new_in).to(old.dtype)
+        return torch.where((ids >= first_new)[..., None], new, old)
+
+    def embed_prompt(self, ids):
+        """int32 array (T,) -> (T, D)."""
+        return self.embed(torch.from_numpy(ids).long().to(self.llm.device))
 
     def hidden(self, batch):
         """Last hidden states of an unpadded batch, (T, D)."""
-        masks = {'full_attention': None, 'sliding_attention': None}
-        return self.llm.model(
-            inputs_embeds=self.embed(batch.input_ids)[None], position_ids=batch.position_ids[None],
-            attention_mask=masks, use_cache=False, rows=batch.rows).last_hidden_state[0]
+        return hidden_states(self.llm, self.embed(batch.input_ids), batch)
 
     def range_logits(self, index, hidden):
         """(M, D) -> (M, size): logits over range number `index` of the space alone."""
-        r, first = self.space.ranges[index], self.space.n_text
-        if r.name == 'text':
+        ids = self.space.ranges[index]
+        if ids.name == 'text':
             return self.llm.lm_head(hidden)
-        return F.linear(hidden, self.new_out[r.first - first:r.end - first].to(hidden.dtype))
+        first_new = self.space.n_text
+        rows = self.new_out[ids.first - first_new:ids.end - first_new]                          # (size, D)
+        return F.linear(hidden, rows.to(hidden.dtype))
 
     def all_logits(self, hidden):
         """(M, D) -> (M, V + new): logits over every id."""
@@ -100,125 +106,145 @@ class TokenLM(nn.Module):
     def nll(self, batch):
         """Loss of every label, (M,), in nats, in the batch's order: sorted by range."""
         with self.precision():
-            hidden = self.hidden(batch).index_select(0, batch.label_positions)                  # (M, D)
+            hidden = self.hidden(batch).index_select(0, batch.logit_positions)                  # (M, D)
             if not self.typed_head:
                 return label_losses(hidden, self.all_logits, batch.labels)
-            ranges = batch.label_ranges or [(self.space.by_name['text'], batch.n_labels)]   # rows that say none: text
-            counts = [count for _, count in ranges]
-            return torch.cat([
-                label_losses(h, partial(self.range_logits, index), y - self.space.ranges[index].first)
-                for (index, _), h, y in zip(ranges, hidden.split(counts), batch.labels.split(counts))])
+            # batches of text alone do not name their ranges
+            label_ranges = batch.label_ranges or [(self.space.by_name['text'], batch.n_labels)]
+            # the labels stand sorted: one slice, one small head for each range
+            counts = [count for _, count in label_ranges]
+            hidden_by_range = hidden.split(counts)
+            labels_by_range = batch.labels.split(counts)
+            losses = []
+            for n, (index, _) in enumerate(label_ranges):
+                labels = labels_by_range[n] - self.space.ranges[index].first   # indices into the range's logits
+                losses.append(label_losses(hidden_by_range[n], partial(self.range_logits, index), labels))
+            return torch.cat(losses)
 
     def forward(self, batch):
         return self.nll(batch).sum()
 
-    def rows_state(self):
+    def new_rows_state(self):
         """The new rows, {'new_in', 'new_out'}: (new, D) each, float32."""
         return {'new_in': self.new_in.detach(), 'new_out': self.new_out.detach()}
 
     @torch.no_grad()
-    def load_rows(self, state, where='these rows'):
-        """Take rows_state() of another run; exits when the shape is another."""
-        for name, mine in self.rows_state().items():
-            if state[name].shape != mine.shape:
-                raise SystemExit(f'{where}: {name} is {tuple(state[name].shape)}, wanted {tuple(mine.shape)}')
-            mine.copy_(state[name])
+    def load_new_rows_state(self, state, where='these rows'):
+        """Take new_rows_state() of another run; exits with one line when it has another shape."""
+        for name, rows in self.new_rows_state().items():   # they share the parameters' memory
+            if state[name].shape != rows.shape:
+                raise SystemExit(f'{where}: {name} is {tuple(state[name].shape)}, wanted {tuple(rows.shape)}')
+            rows.copy_(state[name])
 
 
-def load_token_lm(llm, space, typed_head=True, noise=0.02, dtype=torch.float32, device='cpu'):
-    """A TokenLM on a frozen base model with fresh rows. Seed before calling."""
-    return TokenLM(load_llm(llm, dtype), space, typed_head, noise).to(device)
+def load_token_model(llm, space, typed_head=True, noise=0.02, dtype=torch.float32, device='cpu'):
+    """A TokenModel on a frozen base model, with fresh rows. Seed before calling."""
+    return TokenModel(load_llm(llm, dtype), space, typed_head=typed_head, noise=noise).to(device)
 
 
 # -----------------------------------------------------------------------------
-# what the right medium is worth, and what became of text
+# evaluation: losses, ablations, what became of text
 
 
 @torch.no_grad()
-def row_sums(lm, rows, batch_size, rank=0, world_size=1):
-    """Summed loss of each row in nats, and how many of its labels got more than half of the probability: (rows,) each,
-    on every rank."""
-    lm.eval()
-    mine, done = list(range(rank, len(rows), world_size)), {}
-    for part in (mine[i:i + batch_size] for i in range(0, len(mine), batch_size)):
-        batch = collate([rows[i] for i in part], [None] * len(part), 0).to(lm.llm.device)
-        losses = lm.nll(batch).double()
-        each = torch.stack([losses, (losses < math.log(2)).double()], dim=1)                    # (M, 2)
-        sums = each.new_zeros(len(part), 2).index_add(0, batch.label_rows, each)
-        done.update(zip(part, sums.tolist()))
-    lm.train()
-    done = {i: sums for part in all_gather(done) for i, sums in part.items()}
-    return np.array([done[i] for i in range(len(rows))]).reshape(-1, 2).T
+def example_sums(model, examples, batch_size, rank=0, world_size=1):
+    """(losses, n_right), (examples,) each, on every rank.
+
+    losses: each example's summed loss in nats; n_right: number of its labels with more than half of the probability.
+    """
+    model.eval()
+    sums = []                                          # of this rank's examples, two numbers each
+    for part in in_parts(examples[rank::world_size], batch_size):
+        batch = collate(part).to(model.llm.device)
+        losses = model.nll(batch).double()                                                      # (M,)
+        is_right = (losses < math.log(2)).double()     # -log p < log 2: p is above a half
+        sums.extend(sum_by_example(torch.stack([losses, is_right], dim=1), batch).tolist())
+    model.train()
+    losses, n_right = np.array(gather_in_order(sums)).reshape(-1, 2).T
+    return losses, n_right
 
 
-def row_losses(lm, rows, batch_size, rank=0, world_size=1):
-    """Summed loss of each row, (rows,), in nats, on every rank."""
-    return row_sums(lm, rows, batch_size, rank, world_size)[0]
+def derangement(keys, seed):
+    """For each item the index of another one whose key differs; every item is taken once. keys: bytes.
+
+    The items stand in a circle, sorted by a hash of seed and key, so that those of one key are neighbours. Each takes
+    the item that stands as many steps further on as the commonest key has items: past all of its own key. With more
+    than half of the items under one key that is not possible.
+    """
+    hashes = [hashlib.sha256(f'{seed} '.encode() + key).digest() for key in keys]
+    # equal hashes mean equal keys; the index makes the order one and the same everywhere
+    circle = np.array(sorted(range(len(keys)), key=lambda i: (hashes[i], i)))
+    n_steps = max(Counter(keys).values())
+    partner = np.empty(len(keys), int)
+    partner[circle] = np.roll(circle, -n_steps)
+    return partner.tolist()
 
 
-def with_media(row, codes):
-    """A reading row with other codes in the place of its own, which stand after the start marker."""
-    ids = row.ids.copy()
-    ids[1:1 + len(codes)] = codes
-    return replace(row, ids=ids)
+def shuffled_media(examples, n, seed):
+    """Reading examples, each with the n codes of another: a derangement, and never the same file again."""
+    partners = derangement([example.item.media_sha256.encode() for example in examples], seed)
+    return [with_media(example, examples[k].ids[1:1 + n]) for example, k in zip(examples, partners)]
 
 
-def dealt(keys, seed):
-    """Another item for each, in an order drawn over the whole set: one whose key, bytes, is another. Items of one key
-    stand together in the order, so everyone goes past as many as the commonest key has; with more than half of the
-    items under one key there is no such deal."""
-    drawn = [hashlib.sha256(f'{seed} '.encode() + key).digest() for key in keys]
-    order = sorted(range(len(keys)), key=lambda i: (drawn[i], i))
-    partner = dict(zip(order, np.roll(order, -max(Counter(keys).values())).tolist()))
-    return [partner[i] for i in range(len(keys))]
+def random_media(examples, grammar, modality, seed):
+    """Reading examples with random codes, each from the range of its position."""
+    first, end = grammar.bounds(grammar.payload_ranges[modality])                               # (N,) each
+    changed = []
+    for i, example in enumerate(examples):
+        codes = np.random.default_rng([seed, i]).integers(first, end)                           # (N,)
+        changed.append(with_media(example, codes))
+    return changed
 
 
-def swapped_media(rows, n, seed):
-    """Reading rows, each with the n codes of another item: dealt over the whole set, never the same medium again."""
-    partners = dealt([row.item.media.encode() for row in rows], seed)
-    return [with_media(row, rows[partner].ids[1:1 + n]) for row, partner in zip(rows, partners)]
-
-
-def random_media(rows, grammar, modality, seed):
-    """Reading rows with random codes, each legal in its place."""
-    first, end = grammar.bounds(grammar.payload_ranges[modality])
-    return [with_media(row, np.random.default_rng([seed, i]).integers(first, end)) for i, row in enumerate(rows)]
-
-
-def swapped_prompts(rows, seed):
-    """Writing rows, each behind the prompt of another item: dealt over the whole set, never the same words again."""
-    prompts = [prompt_of(row) for row in rows]
-    partners = dealt([prompt.tobytes() for prompt in prompts], seed)
-    return [with_prompt(row, prompts[partner]) for row, partner in zip(rows, partners)]
+def shuffled_prompts(examples, seed):
+    """Writing examples, each behind the prompt of another: a derangement, and never the same words again."""
+    prompts = [prompt_of(example) for example in examples]
+    partners = derangement([prompt.tobytes() for prompt in prompts], seed)
+    return [with_prompt(example, prompts[k]) for example, k in zip(examples, partners)]
 
 
 @torch.no_grad()
-def text_difference(lm, rows, rank=0, world_size=1):
-    """Largest difference between this model's log probability of a text id and the stock base model's, over every id
-    at every position of these rows, on every rank."""
-    lm.eval()
-    mine, masks = [0.0], {'full_attention': None, 'sliding_attention': None}
-    for row in rows[rank::world_size]:
-        batch = collate([row], [None], 0).to(lm.llm.device)
-        with lm.precision():
-            stock = lm.llm(input_ids=batch.input_ids[None], position_ids=batch.position_ids[None],
-                           attention_mask=masks, use_cache=False, rows=batch.rows).logits[0]
-            hidden = lm.hidden(batch)
-            ours = lm.range_logits(0, hidden) if lm.typed_head else lm.all_logits(hidden)       # (T, V or V + new)
-        ours = ours.float().log_softmax(-1)[:, :lm.space.n_text]
-        mine.append((ours - stock.float().log_softmax(-1)).abs().max().item())
-    lm.train()
-    return float(np.max([d for part in all_gather(mine) for d in part]))   # of NaN and numbers: NaN, which fails
+def text_difference(model, examples, rank=0, world_size=1):
+    """Largest difference between this model's log probability of a text id and the stock base model's, over every id at
+    every position of these examples, on every rank."""
+    model.eval()
+    differences = []
+    for example in examples[rank::world_size]:
+        batch = collate([example]).to(model.llm.device)
+        with model.precision():
+            # the base model's own path: its embedding, its head, nothing of ours but the attention
+            stock = model.llm(input_ids=batch.input_ids[None], position_ids=batch.position_ids[None],
+                              attention_mask=NO_MASKS, use_cache=False, layout=batch.layout).logits[0]   # (T, V)
+            hidden = model.hidden(batch)                                                        # (T, D)
+            if model.typed_head:
+                ours = model.range_logits(model.space.by_name['text'], hidden)                  # (T, V)
+            else:
+                ours = model.all_logits(hidden)                                                 # (T, V + new)
+        ours = ours.float().log_softmax(-1)[:, :model.space.n_text]
+        differences.append((ours - stock.float().log_softmax(-1)).abs().max().item())
+    model.train()
+    return largest(gather_in_order(differences))
 
 
-def training_bytes(lm, optimizer):
-    """Bytes of gradients and optimizer state, here as counted and for training the full matrices as computed."""
-    width, tied = lm.new_in.shape[1], lm.llm.config.tie_word_embeddings
-    full = (lm.space.n_text + lm.space.n_new) * width * 4 * (1 if tied else 2)
-    state = [t for s in optimizer.state.values() for t in s.values() if t.ndim]
-    return {'gradient': 4 * (lm.new_in.numel() + lm.new_out.numel()),
-            'optimizer': sum(t.numel() * t.element_size() for t in state),
-            'full_gradient': full, 'full_optimizer': 2 * full}
+def largest(differences):
+    """NaN when one of them is, or when there are none: a gate fails on it."""
+    return float(np.max(differences)) if differences else math.nan
+
+
+def training_bytes(model, optimizer):
+    """Bytes of gradients and optimizer state: as they are, and what training the whole matrices would take."""
+    n_matrices = 1 if model.llm.config.tie_word_embeddings else 2
+    # float32 takes 4 bytes, and AdamW keeps two numbers for each weight
+    full = (model.space.n_text + model.space.n_new) * model.new_in.shape[1] * 4 * n_matrices
+    n_bytes = 0
+    for state in optimizer.state.values():
+        for value in state.values():
+            if value.ndim:                             # and not the step count
+                n_bytes += value.numel() * value.element_size()
+    return {'gradient': 4 * (model.new_in.numel() + model.new_out.numel()),
+            'optimizer': n_bytes,
+            'full_gradient': full,
+            'full_optimizer': 2 * full}
 
 
 # -----------------------------------------------------------------------------
@@ -226,129 +252,218 @@ def training_bytes(lm, optimizer):
 
 
 @torch.no_grad()
-def write_codes(lm, grammar, task, prompts, temperature=1.0, top_k=0, top_p=1.0, guidance=1.0, seeds=None):
-    """Draw or sound: the codes (B, N) that follow prompts, lists of text ids; global ids, each in its place's range.
+def write_codes(model, grammar, task, prompts, temperature=1.0, top_k=0, top_p=1.0, guidance=1.0, seeds=None):
+    """Draw, or generate audio: the codes that follow prompts, (B, N), global ids, each in the range of its position.
 
-    Every payload has the token space's exact length, so its end marker is not sampled. guidance g: a row without
-    prompt runs beside each one, and logits = uncond + g (cond - uncond). seeds: one a row; a row's codes do not depend
-    on its batch mates.
+    prompts: B lists of text ids. A payload has the exact length of the token space, so its end marker is not sampled.
+    guidance g: logits = without prompt + g (with prompt - without prompt). seeds: one for each prompt; what a prompt
+    gets does not depend on the others.
     """
-    device, n = lm.llm.device, len(prompts)
-    if TASKS[task][1] != 'write':
+    modality, direction = TASKS[task]
+    if direction != 'write':
         raise SystemExit(f'task {task!r} writes no payload: wanted t2i or t2a')
     starts = [grammar.prompt(task, text=text) for text in prompts]
-    starts += [grammar.prompt(task)] * n if guidance != 1 else []
-    generators = [torch.Generator().manual_seed(s) for s in seeds or range(n)]
-    with lm.precision():
-        embeds, mask, positions = left_padded([lm.embed(torch.from_numpy(s).long().to(device)) for s in starts])
-        cache, out = DynamicCache(config=lm.llm.config), []
-        for index in grammar.payload_ranges[TASKS[task][0]].tolist():
-            hidden = lm.llm.model(None, mask, positions, cache,     # by place: see generate in model.py
-                                  inputs_embeds=embeds, use_cache=True).last_hidden_state[:, -1]
-            logits = lm.range_logits(index, hidden).float()                                     # (B or 2 B, size)
-            if guidance != 1:
+    guided = guidance != 1
+    if guided:                                         # the second half of the batch: the same without its prompt
+        starts += [grammar.prompt(task)] * len(prompts)
+    generators = seeded_generators(seeds, len(prompts))
+    codes = []                                         # (B,) of each position
+    with model.precision():
+        continuation = Continuation(model.llm, [model.embed_prompt(ids) for ids in starts])
+        for index in grammar.payload_ranges[modality].tolist():   # the one legal range of each position
+            logits = model.range_logits(index, continuation.hidden()).float()                   # (B or 2 B, size)
+            if guided:
                 conditional, unconditional = logits.chunk(2)
                 logits = unconditional + guidance * (conditional - unconditional)
-            out.append(pick(logits, temperature, top_p, generators, top_k) + lm.space.ranges[index].first)   # (B,)
-            embeds = lm.embed(out[-1].repeat(len(starts) // n))[:, None]
-            mask = torch.cat([mask, mask.new_ones(len(starts), 1)], dim=1)
-            positions = positions[:, -1:] + 1
-    return torch.stack(out, dim=1).cpu().numpy()
+            drawn = pick(logits, temperature, top_p=top_p, generators=generators, top_k=top_k)  # (B,)
+            ids = model.space.ranges[index].first + drawn
+            codes.append(ids)
+            continuation.append(model.embed(ids.repeat(2) if guided else ids))
+    return torch.stack(codes, dim=1).cpu().numpy()
 
 
-def read_text(lm, grammar, task, payloads, max_new_tokens, temperature=0.0, top_p=1.0, seeds=None):
-    """Describe: text ids, without <|im_end|>, for each payload of global ids. Base head and base rows: text only."""
-    starts = [torch.from_numpy(grammar.prompt(task, payload)).long().to(lm.llm.device) for payload in payloads]
-    with torch.no_grad(), lm.precision():
-        return generate(lm.llm, [lm.embed(s) for s in starts], max_new_tokens, [lm.space.text_end], temperature, top_p,
-                        seeds)
+@torch.no_grad()
+def read_text(model, grammar, task, payloads, max_new_tokens, temperature=0.0, top_p=1.0, seeds=None):
+    """Describe: the text ids, without <|im_end|>, that follow each payload of global ids. Its head has text only."""
+    prompts = [model.embed_prompt(grammar.prompt(task, payload)) for payload in payloads]
+    with model.precision():
+        return generate(model.llm, prompts, max_new_tokens, stop_ids=[model.space.text_end], temperature=temperature,
+                        top_p=top_p, seeds=seeds)
+
+
+def complete_task(model, grammar, tokenizer, task, examples, batch_size, max_new_tokens, temperature, guidance, rank=0,
+                  world_size=1):
+    """What the model makes of each example's prompt: a text, or a list of codes; in their order, on every rank.
+
+    Texts are greedy, of at most max_new_tokens; codes have temperature and guidance, and example i has seed i, so that
+    batch size and number of ranks do not change them.
+    """
+    model.eval()
+    outputs = []
+    for part in in_parts(range(rank, len(examples), world_size), batch_size):
+        records = [examples[i].item for i in part]
+        if TASKS[task][1] == 'read':
+            payloads = [record.payload for record in records]
+            ids = read_text(model, grammar, task, payloads, max_new_tokens=max_new_tokens)
+            texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
+            outputs.extend(text.strip() for text in texts)
+        else:
+            prompts = [record.text.tolist() for record in records]
+            codes = write_codes(model, grammar, task, prompts, temperature=temperature, guidance=guidance, seeds=part)
+            outputs.extend(codes.tolist())
+    model.train()
+    return gather_in_order(outputs)
+
+
+def write_completions(path, task, examples, outputs, tokenizer, uti=None, batch_size=16):
+    """Write the outputs of complete_task: path.jsonl, a line for each example. For one rank.
+
+    With a UTI, codes are also decoded, batch_size at a time, into path/000.png or .wav, ..., and of pictures into one
+    sheet, path.png, with the first prompts. Returns what was decoded, [array], or [].
+    """
+    modality, direction = TASKS[task]
+    truths = [tokenizer.decode(example.item.text) for example in examples]
+    lines = []
+    for example, truth, output in zip(examples, truths, outputs):
+        record = {'id': example.item.id, 'media_sha256': example.item.media_sha256, 'truth': truth}
+        record['prediction' if direction == 'read' else 'codes'] = output   # a text, or ids
+        lines.append(json.dumps(record) + '\n')
+    write_atomic(f'{path}.jsonl', ''.join(lines))
+    if direction == 'read' or uti is None:
+        return []
+
+    decode = uti.decode_image if modality == 'image' else uti.decode_audio   # (3, H, W) uint8, or (samples,) float32
+    metas = [example.item.meta for example in examples]
+    decoded = []
+    for part in in_parts(range(len(outputs)), batch_size):   # a decoder takes more memory than codes suggest
+        decoded += decode(np.array([outputs[i] for i in part]), [metas[i] for i in part])
+    folder = Path(path)
+    folder.mkdir(parents=True, exist_ok=True)
+    if modality == 'audio':
+        for n, wave in enumerate(decoded):
+            soundfile.write(folder / f'{n:03d}.wav', wave, uti.space.audio['sample_rate'])
+        return decoded
+    files = [folder / f'{n:03d}.png' for n in range(len(decoded))]
+    for file, pixels in zip(files, decoded):
+        Image.fromarray(pixels.transpose(1, 2, 0)).save(file)
+    contact_sheet(f'{path}.png', files[:64], truths[:64])
+    return decoded
 
 
 # -----------------------------------------------------------------------------
 # what others load
 
 
-def save_rows(lm, folder, **meta):
+def save_new_rows(model, folder, **meta):
     """Write folder/{trainable_rows.pt,trainable_rows.json,token_space.json}, each whole or absent. Returns the folder.
 
-    trainable_rows.pt: rows_state(), tensors only, loads with weights_only=True. Row i is id V + i of the token space.
+    trainable_rows.pt: new_rows_state(), tensors only, loads with weights_only=True. Row i is id V + i of the space.
     """
     folder = Path(folder)
+    state = model.new_rows_state()
     body = io.BytesIO()
-    torch.save({name: rows.cpu() for name, rows in lm.rows_state().items()}, body)
+    torch.save({name: rows.cpu() for name, rows in state.items()}, body)
+    described = {
+        'base': model.space.base['name'],
+        'token_space': model.space.sha256,
+        'typed_head': model.typed_head,
+        'first_id': model.space.n_text,
+        'rows': {name: list(rows.shape) for name, rows in state.items()},
+        'sha256': hashlib.sha256(body.getvalue()).hexdigest(),
+        **meta}
     write_atomic(folder / 'trainable_rows.pt', body.getvalue())
-    lm.space.save(folder / 'token_space.json')
-    write_atomic(folder / 'trainable_rows.json', json.dumps({
-        'base': lm.space.base['name'], 'token_space': lm.space.sha256, 'typed_head': lm.typed_head,
-        'first_id': lm.space.n_text, 'rows': {name: list(rows.shape) for name, rows in lm.rows_state().items()},
-        'sha256': hashlib.sha256(body.getvalue()).hexdigest(), **meta}, indent=1) + '\n')
+    model.space.save(folder / 'token_space.json')
+    # last: beside an older one, or none, these rows are refused
+    write_atomic(folder / 'trainable_rows.json', json.dumps(described, indent=1) + '\n')
     return folder
 
 
-def load_rows(lm, folder):
-    """Put the rows that save_rows wrote into lm; exits when they are damaged or of another token space."""
+def load_new_rows(model, folder):
+    """Put the rows that save_new_rows wrote into the model; exits with one line when they are damaged or of another
+    token space. Returns what trainable_rows.json says."""
     folder = Path(folder)
-    lm.space.require(TokenSpace.load(folder / 'token_space.json'), folder)
+    model.space.require(TokenSpace.load(folder / 'token_space.json'), folder)
     try:
-        body, meta = (folder / 'trainable_rows.pt').read_bytes(), json.loads(
-            (folder / 'trainable_rows.json').read_text())
+        body = (folder / 'trainable_rows.pt').read_bytes()
+        meta = json.loads((folder / 'trainable_rows.json').read_text())
     except (OSError, ValueError) as e:
         raise SystemExit(f'{folder}: cannot read its trainable rows ({e}); stage B3 writes them')
-    if hashlib.sha256(body).hexdigest() != meta['sha256'] or meta['token_space'] != lm.space.sha256:
+    if hashlib.sha256(body).hexdigest() != meta['sha256'] or meta['token_space'] != model.space.sha256:
         raise SystemExit(f'{folder}/trainable_rows.pt is not the file that trainable_rows.json describes; run B3 again')
-    lm.load_rows(torch.load(io.BytesIO(body), weights_only=True), folder)
+    model.load_new_rows_state(torch.load(io.BytesIO(body), weights_only=True), folder)
     return meta
 
 
-def whole_matrix(base, rows):
-    """(V, D) and (new, D) -> (V + new, D) in the base's precision."""
-    return torch.cat([base.detach(), rows.detach().to(base.dtype)])
-
-
 @torch.no_grad()
-def export(lm, tokenizer, folder):
-    """A Hugging Face folder that AutoModelForCausalLM loads as it is, with these logits over every id: vocab_size is
-    the whole token space's, embedding and head are matrices of their own. The tokenizer beside it spells every new id;
-    generation is greedy unless asked otherwise, and ends where a text or a payload ends.
+def stock_model(model, pad_token_id=None):
+    """A stock Qwen3ForCausalLM with these logits over every id: embedding and head hold the new rows, and are not tied.
+
+    Generation is greedy unless asked otherwise, and ends where a text or a payload ends.
     """
-    folder, config = Path(folder), copy.deepcopy(lm.llm.config)
-    config.vocab_size, config.tie_word_embeddings = lm.space.total, False
-    config._attn_implementation = 'sdpa'
-    weights = {**lm.llm.state_dict(),
-               'model.embed_tokens.weight': whole_matrix(lm.llm.get_input_embeddings().weight, lm.new_in),
-               'lm_head.weight': whole_matrix(lm.llm.get_output_embeddings().weight, lm.new_out)}
-    with torch.device('meta'):
-        stock = AutoModelForCausalLM.from_config(config, dtype=lm.llm.dtype)
+    llm = model.llm
+    space = model.space
+    config = copy.deepcopy(llm.config)
+    config.vocab_size = space.total
+    config.tie_word_embeddings = False
+    config._attn_implementation = 'sdpa'               # 'unpadded' is ours alone
+
+    def with_new_rows(base, rows):
+        return torch.cat([base, rows.to(base.dtype)])                                           # (V + new, D)
+
+    weights = llm.state_dict()                         # a new dict of the same tensors
+    weights['model.embed_tokens.weight'] = with_new_rows(llm.get_input_embeddings().weight, model.new_in)
+    weights['lm_head.weight'] = with_new_rows(llm.get_output_embeddings().weight, model.new_out)
+    with torch.device('meta'):                         # no memory: the weights are there already
+        stock = AutoModelForCausalLM.from_config(config, dtype=llm.dtype)
     stock.load_state_dict(weights, assign=True)        # refuses a missing or an unknown weight
-    ends = [lm.space.text_end, lm.space.special['<|img_end|>'], lm.space.special['<|aud_end|>']]
-    pad = lm.space.text_end if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    stock.generation_config = GenerationConfig(do_sample=False, eos_token_id=ends, pad_token_id=pad)
+    ends = [space.text_end, space.special['<|img_end|>'], space.special['<|aud_end|>']]
+    stock.generation_config = GenerationConfig(
+        do_sample=False, eos_token_id=ends, pad_token_id=space.text_end if pad_token_id is None else pad_token_id)
+    return stock
+
+
+def spelling_tokenizer(tokenizer, space):
+    """The tokenizer with a token for every id of the space: <|img_start|>, <|image_0|>, <|audio_1_7|>, ..."""
+    # the base model has rows that its tokenizer has no id for; without a name for them the new ids would slide down
+    names = [f'<|text_{i}|>' for i in range(len(tokenizer), space.n_text)]
+    names += list(space.special)
+    for ids in space.ranges[2:]:                       # after text and special
+        names += [f'<|{ids.name}_{i}|>' for i in range(ids.size)]
+    spelling = copy.deepcopy(tokenizer)
+    spelling.add_tokens([AddedToken(name, special=True, normalized=False) for name in names])
+    assert spelling.convert_tokens_to_ids(names[-1]) == space.total - 1 == len(spelling) - 1
+    return spelling
+
+
+def export_stock(model, tokenizer, folder):
+    """Write a Hugging Face folder that stock AutoModelForCausalLM and AutoTokenizer load. It replaces an older one."""
+    folder = Path(folder)
     beside = folder.with_name(folder.name + '.tmp')
-    shutil.rmtree(beside, ignore_errors=True)
-    stock.save_pretrained(beside)
-    spelled = copy.deepcopy(tokenizer)
-    names = [f'<|text_{i}|>' for i in range(len(tokenizer), lm.space.n_text)]      # rows the tokenizer has no id for
-    names += [*SPECIALS, *(f'<|{r.name}_{i}|>' for r in lm.space.ranges[2:] for i in range(r.size))]
-    spelled.add_tokens([AddedToken(name, special=True, normalized=False) for name in names])
-    assert spelled.convert_tokens_to_ids(names[-1]) == lm.space.total - 1 == len(spelled) - 1
-    spelled.save_pretrained(beside)
-    lm.space.save(beside / 'token_space.json')
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(beside, folder)
+    with one_line_io_errors(folder):
+        shutil.rmtree(beside, ignore_errors=True)      # of a run that was killed here
+        stock_model(model, tokenizer.pad_token_id).save_pretrained(beside)
+        spelling_tokenizer(tokenizer, model.space).save_pretrained(beside)
+        model.space.save(beside / 'token_space.json')
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(beside, folder)
     return folder
 
 
 @torch.no_grad()
-def export_difference(lm, folder, rows):
-    """Largest difference between our logits over every id and those of a fresh stock load of export()'s folder."""
-    stock = AutoModelForCausalLM.from_pretrained(folder, dtype=lm.llm.dtype).to(lm.llm.device).eval()
-    lm.eval()
-    lm.llm.set_attn_implementation(stock.config._attn_implementation)   # another kernel rounds otherwise in bf16
-    largest = [0.0]
-    for row in rows:
-        ids = torch.from_numpy(row.ids).long().to(lm.llm.device)[None]                          # (1, T)
-        hidden = lm.llm.model(inputs_embeds=lm.embed(ids), use_cache=False).last_hidden_state
-        largest.append((lm.all_logits(hidden) - stock(ids, use_cache=False).logits).abs().max().item())
-    lm.llm.set_attn_implementation('rows')
-    lm.train()
-    return float(np.max(largest))
+def export_difference(model, folder, examples):
+    """Largest difference between our logits over every id and those of a fresh stock load of export_stock's folder."""
+    llm = model.llm
+    # as a stranger loads it: from disk, without our attention or our rows
+    stock = AutoModelForCausalLM.from_pretrained(folder, dtype=llm.dtype, trust_remote_code=False)
+    stock.to(llm.device).eval()
+    model.eval()
+    llm.set_attn_implementation(stock.config._attn_implementation)   # another kernel rounds otherwise in bf16
+    differences = []
+    for example in examples:
+        ids = torch.from_numpy(example.ids).long().to(llm.device)[None]                         # (1, T)
+        hidden = llm.model(inputs_embeds=model.embed(ids), use_cache=False).last_hidden_state   # (1, T, D)
+        ours = model.all_logits(hidden)                                                         # (1, T, V + new)
+        differences.append((ours - stock(ids, use_cache=False).logits).abs().max().item())
+    llm.set_attn_implementation('unpadded')
+    model.train()
+    return largest(differences)

@@ -10,35 +10,35 @@ $ python train_b3.py configs/b3_small.py
 $ torchrun --standalone --nproc_per_node=8 train_b3.py configs/b3_qwen3_8b.py
 $ python train_b3.py configs/b3_small.py --resume=True
 """
-import json
 import math
 import sys
-import time
-from pathlib import Path
 
 import numpy as np
-import soundfile
 import torch
-from PIL import Image
-from tqdm import tqdm
 
 import gates
-from common import (Log, StopSignal, all_gather, all_sum, check_resumable, epoch_samples_for, frozen_dtype,
-                    has_checkpoint, init_ranks, load_checkpoint, lock_run, peak_memory_mb, provenance, reduce_gradients,
-                    save_checkpoint, seed_everything, sha256_tensors, tensorboard_writer, write_atomic)
+from common import (
+    Progress, all_sum, frozen_dtype, init_ranks, load_checkpoint, provenance, reduce_gradients, save_checkpoint,
+    seed_everything, shutdown_ranks)
 from configure import configure
-from data import Loader, Template, contact_sheet, mixture, read_shards, read_texts, token_row
+from data import Loader
 from model import load_tokenizer
-from token_model import (export, export_difference, load_token_lm, random_media, read_text, row_losses, save_rows,
-                    swapped_media, text_difference, training_bytes, write_codes)
-from uti import TASKS, UTI, Grammar, TokenSpace, tokenizer_sha256
+from shards import (
+    MixtureSampler, load_space, require_enough, task_shares, text_examples, token_sets)
+from token_model import (
+    complete_task, example_sums, export_difference, export_stock, load_token_model, random_media, save_new_rows,
+    shuffled_media, text_difference, training_bytes, write_completions)
+from training import (
+    Log, Meter, StopSignal, check_resumable, clip_gradients, frozen_sha256, grad_norms, measure_epoch,
+    names_with_gradient, open_run, parameter_groups, stop_if_not_finite, tensorboard_writer, write_status)
+from uti import TASKS, UTI, Grammar, TokenSpace
 
 # -----------------------------------------------------------------------------
 # settings; override any with a config file or --key=value
-# what goes in and out
+# inputs and outputs
 shards_dir = ''                # train, eval and golden items, with the token space that they were made for
 llm = ''                       # Hugging Face folder or name of the Qwen3 of that token space, kept frozen
-image_codec = ''               # both of the token space, to decode what is drawn and sounded; '' keeps the codes only
+image_codec = ''               # the codecs the shards were made with, to decode what is generated; '' saves codes only
 image_prefix = ''              # where in a larger checkpoint the codec is
 audio_codec = ''
 audio_prefix = ''
@@ -46,14 +46,14 @@ text_jsonl = ''                # lines of {"text": ...}: their probabilities hav
 out_dir = 'out/b3'
 resume = False                 # go on from out_dir/ckpt; without it a folder with a checkpoint is refused
 allow_failed_gates = False     # True: take shards whose gates failed
-# rows
+# new rows
 typed_head = True              # a label's loss over its own range; False: over every id, for other engines
-rows_noise = 0.02              # new rows start at the mean text row plus noise of this deviation
-task_weights = {'i2t': 1.0, 'a2t': 1.0, 't2i': 1.0, 't2a': 1.0}   # shares of the rows; an image weighs many labels
+new_rows_noise = 0.02          # new rows start at the mean text row plus noise of this deviation
+task_weights = {'i2t': 1.0, 'a2t': 1.0, 't2i': 1.0, 't2a': 1.0}   # shares of the examples; an image weighs many labels
 # training
-max_seq_len = 2048             # longer rows lose the end of their text, never codes, and are counted
-batch_size = 16                # rows per rank and micro-batch: memory and speed only, the result stays the same
-rows_per_step = 256            # over all ranks and micro-batches: this one is a hyperparameter
+max_seq_len = 2048             # longer examples lose the end of their text, never codes, and are counted
+micro_batch_size = 16          # examples per rank and micro-batch: memory and speed only, the result stays the same
+global_batch_size = 256        # over all ranks and micro-batches: this one is a hyperparameter
 learning_rate = 1e-3
 warmup_frac = 0.03             # of all steps
 min_lr_frac = 0.1              # the cosine ends at min_lr_frac * learning_rate
@@ -66,295 +66,271 @@ seed = 1
 # evaluation
 eval_every = 200               # steps; every evaluation saves a checkpoint
 n_eval = 512                   # held-out items of each task
-n_golden = 64                  # more of them, described, drawn and sounded at every checkpoint
+n_golden = 64                  # more of them, described, drawn and generated as audio at every checkpoint
 n_text = 64                    # texts that the base model and this one are compared on
 max_new_tokens = 64            # of a description
-temperature = 1.0              # of drawing and sounding
+temperature = 1.0              # of generated images and audio
 guidance = 1.0                 # above 1 the prompt counts more; training has no prompt dropout yet, so 1 here
 # gates
 gate_truncated = 0.01          # share of samples that may be cut
 gate_text = 0.0                # largest difference of a text log probability; with typed_head it is exactly 0
-gate_swap_nats = 0.10          # another item's media must cost this much a label, its 95 % interval above it ...
-gate_swap_win = 0.80           # ... and cost more than the right one in this share of the items
+gate_shuffled_nats = 0.10      # another item's media must cost this much per label, its 95 % interval above it ...
+gate_shuffled_win = 0.80       # ... and cost more than the right one in this share of the items
 gate_random_nats = 0.15        # the same for random codes
 gate_random_win = 0.85
 # machine
 device = 'auto'
-dtype = 'auto'                 # of the frozen weights: bfloat16 on CUDA, float32 on CPU; what is trained is float32
+dtype = 'auto'                 # of frozen weights: bfloat16 where the device multiplies it; what learns is float32
 log_every = 20
 tensorboard = False            # True: the log's numbers in out_dir/tensorboard too; needs the package tensorboard
 config = configure(globals(), required=('shards_dir', 'llm', 'text_jsonl'))
 # -----------------------------------------------------------------------------
 
-# ranks
+# ranks and the run's folder
 rank, world_size, device = init_ranks(device)
 dtype = frozen_dtype(dtype, device)
-lock = lock_run(out_dir) if rank == 0 else None
-all_sum(0)                                             # nobody goes on before rank 0 has the lock
-out, stop, writer = Path(out_dir), StopSignal(), tensorboard_writer(tensorboard)
-if has_checkpoint(out / 'ckpt') and not resume:
-    raise SystemExit(f'{out_dir} holds a checkpoint: set resume = True to go on with it, or another out_dir')
-resume = resume and has_checkpoint(out / 'ckpt')
+out, resume = open_run(out_dir, resume, rank)
+stop = StopSignal()
+board = tensorboard_writer(tensorboard)
 
-# derived values: the data
+# data: the items of the shards become examples of each task
 gates.require_passed(shards_dir, allow_failed_gates)
-space = TokenSpace.load(Path(shards_dir) / 'token_space.json')
-grammar, tokenizer = Grammar(space), load_tokenizer(llm)
-unknown = [task for task in task_weights if TASKS.get(task, (None,))[0] not in grammar.payload_ranges]
-if unknown or min(task_weights.values(), default=-1) < 0 or not any(task_weights.values()):
-    raise SystemExit(f'task_weights = {task_weights}: wanted shares of the tasks that this token space has codes for')
-if tokenizer_sha256(tokenizer) != space.base['tokenizer_sha256']:
-    raise SystemExit(f'{llm} has another tokenizer than {shards_dir} was made with: take the base model of stage B1')
-tasks = [task for task, weight in task_weights.items() if weight]
+tokenizer = load_tokenizer(llm)
+space = load_space(shards_dir, tokenizer, llm)
+grammar = Grammar(space)
+tasks = list(task_shares(task_weights, grammar))
+train_sets = token_sets(shards_dir, 'train', tasks, grammar=grammar, max_seq_len=max_seq_len)
+eval_sets = token_sets(shards_dir, 'eval', tasks, grammar=grammar, max_seq_len=max_seq_len, n=n_eval)
+golden_sets = token_sets(shards_dir, 'golden', tasks, grammar=grammar, max_seq_len=max_seq_len, n=n_golden)
+require_enough(train_sets, eval_sets, shards_dir)
+text_set = text_examples(text_jsonl, tokenizer, max_seq_len, n_text)
 
 
-def rows_of(split, n=None):
-    """{task: [Row]} of the first n items of each task in a split of the shards."""
-    records = read_shards(shards_dir, split, space)
-    return {task: [token_row(record, task, grammar, max_seq_len)
-                   for record in [r for r in records if r.modality == TASKS[task][0]][:n]] for task in tasks}
+def shares_at(progress):
+    """{task: share of the examples} at a point of the training from 0 to 1: always the same."""
+    return task_shares(task_weights, grammar)
 
 
-train_rows, eval_rows, golden_rows = rows_of('train'), rows_of('eval', n_eval), rows_of('golden', n_golden)
-short = [task for task in tasks if not train_rows[task] or len(eval_rows[task]) < 8]
-if short:
-    raise SystemExit(f'{shards_dir} has {len(train_rows[short[0]])} items to train and {len(eval_rows[short[0]])} to '
-                     f'evaluate {short[0]} on: add data, or set its task_weights to 0')
-template = Template(tokenizer, 0, max_seq_len)
-texts = [template.text(text, f'text {n}') for n, text in enumerate(read_texts(text_jsonl)[:n_text]) if text]
+def mixture(n_steps):
+    return MixtureSampler(train_sets, shares_at, n_steps, global_batch_size=global_batch_size, seed=seed)
 
-# model, and what is frozen
+
+# model: the language model is frozen, the new rows learn
 seed_everything(seed, 'rows')
-model = {'llm': llm, 'typed_head': typed_head}
-lm = load_token_lm(llm, space, typed_head, rows_noise, dtype, device)
-trainable = {name: p for name, p in lm.named_parameters() if p.requires_grad}
-frozen_sha = sha256_tensors((n, p) for n, p in lm.named_parameters() if not p.requires_grad)
+model_args = {'llm': llm, 'typed_head': typed_head}
+model = load_token_model(**model_args, space=space, noise=new_rows_noise, dtype=dtype, device=device)
+trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+frozen_before = frozen_sha256(model, trainable)
+norm_groups = {'new_in': 'new_in', 'new_out': 'new_out'}   # the log has a gradient norm for each
+# which rows have had a gradient so far, for the deliverable
 touched = {name: torch.zeros(len(p), dtype=torch.bool, device=device) for name, p in trainable.items()}
-train = Loader(mixture(train_rows, task_weights, seed), None, 0, None, seed)
-if rank == 0:
-    print(f'{len(train.rows)} rows to train on, {sum(map(len, eval_rows.values()))} to evaluate; '
-          f'{space.n_new} new rows twice, {sum(p.numel() for p in trainable.values()):,} parameters')
-
+loader = Loader()
 codecs = None
 if rank == 0 and (image_codec or audio_codec):
-    codecs = UTI.of_space(space, shards_dir, llm, image_codec, audio_codec, image_prefix, audio_prefix, device)
+    codecs = UTI.of_space(space, shards_dir, llm, image_codec=image_codec, audio_codec=audio_codec,
+                          image_prefix=image_prefix, audio_prefix=audio_prefix, device=device)
+if rank == 0:
+    n_train = sum(len(examples) for examples in train_sets.values())
+    print(f'{n_train} examples of {len(tasks)} tasks to train on; '
+          f'{sum(p.numel() for p in trainable.values()):,} parameters learn')
 
 # optimizer: its state is for the new rows alone
-optimizer = torch.optim.AdamW(trainable.values(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=weight_decay,
-                              fused=device.type == 'cuda')
-step, first_step, with_gradient = 0, 0, set()
+peaks = {'new_': learning_rate}
+groups = parameter_groups(trainable, peaks, weight_decay)
+optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), fused=device.type == 'cuda')
+step = first_step = 0
+with_gradient = set()          # names of what has had a gradient so far: everything trainable has to get there
 if resume:
     tensors, meta, used = load_checkpoint(out / 'ckpt', device)
-    check_resumable(meta, config, frozen_sha, used)
-    space.require(TokenSpace(*(meta['token_space'][name] for name in ('base', 'image', 'audio'))), used)
-    lm.load_rows(tensors['rows'], used)
+    check_resumable(meta, config, frozen_before, used)
+    space.require(TokenSpace.of_fields(meta['token_space']), used)
+    model.load_new_rows_state(tensors['new_rows'], used)
     optimizer.load_state_dict(tensors['optimizer'])
     touched = tensors['touched']
     step = first_step = meta['step']
-    epoch_samples, with_gradient = meta['epoch_samples'], set(meta['with_gradient'])
+    epoch_samples = meta['epoch_samples']
+    with_gradient = set(meta['with_gradient'])
 
 
 def forward_backward(batches):
     """Gradients of the whole step's loss, sum over its labels / their count over all ranks; returns the loss."""
-    count = all_sum(sum(b.n_labels for b in batches))
+    n_labels = all_sum(sum(batch.n_labels for batch in batches))
     loss = torch.zeros((), device=device, dtype=torch.float64)
     for batch in batches:
-        loss_sum = lm(batch.to(device))
-        (loss_sum / max(count, 1)).backward()
+        loss_sum = model(batch.to(device))
+        (loss_sum / max(n_labels, 1)).backward()
         loss += loss_sum.detach()
-    reduce_gradients(trainable.values())
-    return all_sum(loss) / max(count, 1), count
+    reduce_gradients(trainable.values())               # a sum: the division above was by the labels of all ranks
+    return all_sum(loss) / max(n_labels, 1), n_labels
 
 
 # schedule: how many samples an epoch of epoch_minutes holds, then cosine with warm-up
-how = (rows_per_step, batch_size, rank, world_size)
 if not epoch_samples:
-    seconds = []
-    for n, batches in enumerate(train.steps(0, 7, *how)):
-        start = time.time()
-        forward_backward(batches)
-        if device.type == 'cuda':
-            torch.cuda.synchronize()
-        seconds += [time.time() - start] if n >= 2 else []
-        optimizer.zero_grad()
-    epoch_samples = epoch_samples_for(epoch_minutes, max(all_gather(seconds), key=np.median), rows_per_step)
-n_steps = max(1, round(epochs * epoch_samples / rows_per_step))
+    first_steps = loader.steps(mixture(7), 0, 7, micro_batch_size, rank, world_size)
+    epoch_samples = measure_epoch(first_steps, forward_backward, optimizer, epoch_minutes, global_batch_size)
+n_steps = max(1, round(epochs * epoch_samples / global_batch_size))
+sampler = mixture(n_steps)
 if rank == 0:
-    print(f'{n_steps} steps of {rows_per_step}; repeat exactly with --epoch_samples={epoch_samples}')
+    print(f'{n_steps} steps of {global_batch_size}; repeat exactly with --epoch_samples={epoch_samples}')
 
 
 def lr_at(step):
+    """The learning rate as a share of each group's peak."""
     warmup = max(1, round(warmup_frac * n_steps))
     if step < warmup:
-        return learning_rate * (step + 1) / warmup
+        return (step + 1) / warmup
     progress = (step - warmup) / max(1, n_steps - warmup)
-    return learning_rate * (min_lr_frac + (1 - min_lr_frac) * 0.5 * (1 + math.cos(math.pi * progress)))
+    return min_lr_frac + (1 - min_lr_frac) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-# evaluate, on every rank
+def ablations(task, examples):
+    """{condition: the held-out examples of a task with something else in the place of what they are about}."""
+    modality, direction = TASKS[task]
+    if direction == 'write':
+        return {}
+    return {
+        'shuffled': shuffled_media(examples, grammar.length(modality), seed),
+        'random': random_media(examples, grammar, modality, seed),
+    }
+
+
 def evaluate():
-    """Mean loss in nats a label of each task; of reading also with another item's media and with random codes."""
-    losses, counts, means = {}, {}, {}
-    for task, rows in eval_rows.items():
-        modality, way = TASKS[task]
-        conditions = {'correct': rows}
-        if way == 'read':
-            conditions['swapped'] = swapped_media(rows, grammar.length(modality), seed)
-            conditions['random'] = random_media(rows, grammar, modality, seed)
-        counts[task] = np.array([len(r.labelled) for r in rows])
-        losses[task] = {c: row_losses(lm, r, batch_size, rank, world_size) for c, r in conditions.items()}
-        means.update({f'{task}_{c}': float(loss.sum() / counts[task].sum()) for c, loss in losses[task].items()})
-        means.update({f'{task}_win_{c}': float((loss > losses[task]['correct']).mean())
-                      for c, loss in losses[task].items() if c != 'correct'})
-    return losses, counts, means
+    """Of each task: {condition: summed loss of each held-out example}, their labels; for the log: means in nats per
+    label, and rates: of items in which the right one wins, of labels that get more than half of the probability."""
+    losses = {}
+    counts = {}
+    means = {}
+    rates = {}
+    for task, examples in eval_sets.items():
+        counts[task] = np.array([len(example.label_positions) for example in examples])
+        correct, n_right = example_sums(model, examples, micro_batch_size, rank=rank, world_size=world_size)
+        losses[task] = {'correct': correct}
+        means[f'{task}_correct'] = float(correct.sum() / counts[task].sum())
+        rates[f'{task}_right'] = float(n_right.sum() / counts[task].sum())
+        for condition, others in ablations(task, examples).items():
+            sums, _ = example_sums(model, others, micro_batch_size, rank=rank, world_size=world_size)
+            losses[task][condition] = sums
+            means[f'{task}_{condition}'] = float(sums.sum() / counts[task].sum())
+            rates[f'{task}_win_{condition}'] = float((sums > correct).mean())
+    return losses, counts, means, rates
 
 
-def generate_golden(folder):
-    """Describe, draw and sound the golden items; one JSONL a task, a line an item."""
-    lm.eval()
-    for task, rows in golden_rows.items():
-        modality, way = TASKS[task]
-        mine, done = list(range(rank, len(rows), world_size)), {}
-        for part in (mine[i:i + batch_size] for i in range(0, len(mine), batch_size)):
-            records = [rows[i].item for i in part]
-            if way == 'read':
-                ids = read_text(lm, grammar, task, [r.payload for r in records], max_new_tokens)
-                said = [text.strip() for text in tokenizer.batch_decode(ids, skip_special_tokens=True)]
-            else:
-                said = write_codes(lm, grammar, task, [r.text.tolist() for r in records], temperature,
-                                   guidance=guidance, seeds=part).tolist()
-            done.update(zip(part, said))
-        done = {i: said for part in all_gather(done) for i, said in part.items()}
-        if rank == 0:
-            write_atomic(folder / f'{task}.jsonl', ''.join(json.dumps({
-                'id': row.item.id, 'media_sha256': row.item.media, 'truth': tokenizer.decode(row.item.text),
-                'prediction' if way == 'read' else 'codes': done[i]}) + '\n' for i, row in enumerate(rows)))
-            if way == 'write' and codecs:
-                show(folder / task, modality, [row.item for row in rows], [done[i] for i in range(len(rows))])
-    lm.train()
-
-
-def show(folder, modality, records, codes):
-    """Decode what was drawn or sounded: a file an item, and of pictures one sheet with their prompts."""
-    folder.mkdir(parents=True, exist_ok=True)
-    decode = codecs.decode_image if modality == 'image' else codecs.decode_audio
-    files = [folder / f'{n:03d}.{"png" if modality == "image" else "wav"}' for n in range(len(records))]
-    for file, made in zip(files, decode(np.array(codes), [record.meta for record in records])):
-        if modality == 'image':
-            Image.fromarray(made.transpose(1, 2, 0)).save(file)
-        else:
-            soundfile.write(file, made, space.audio['sample_rate'])
-    if modality == 'image':
-        contact_sheet(f'{folder}.png', files, [tokenizer.decode(record.text) for record in records])
+def generate(task, examples, path, guidance):
+    """Describe, draw or generate audio: path.jsonl, a line an example, and what it decodes to in path/. Returns, on
+    rank 0, what was generated and what it decodes to."""
+    outputs = complete_task(model, grammar, tokenizer, task=task, examples=examples, batch_size=micro_batch_size,
+                            max_new_tokens=max_new_tokens, temperature=temperature, guidance=guidance, rank=rank,
+                            world_size=world_size)
+    if rank != 0:
+        return [], []
+    decoded = write_completions(path, task, examples, outputs=outputs, tokenizer=tokenizer, uti=codecs,
+                                batch_size=micro_batch_size)
+    return outputs, decoded
 
 
 # the loop
-log = Log(out / 'log.jsonl', step if resume else None, active=rank == 0, writer=writer)
+log = Log(out / 'log.jsonl', step if resume else None, active=rank == 0, writer=board)
 if not resume:
     log.write('run', stage='b3', settings=config, n_steps=n_steps, epoch_samples=epoch_samples, world_size=world_size,
               trainable=sum(p.numel() for p in trainable.values()), token_space=space.sha256, **provenance())
-lm.train()
-window, window_start, waited = [], time.time(), 0.0
-bar = tqdm(total=n_steps, initial=step, disable=None if rank == 0 else True)
-coming = train.steps(step, n_steps, *how)
+model.train()
+meter = Meter()
+progress = Progress(n_steps, 'b3', initial=step, active=rank == 0)
+batches_of_steps = loader.steps(sampler, step, n_steps, micro_batch_size, rank, world_size)
 while True:
-    # evaluate and save
+    # evaluate, look at the golden items, save; the stop test below makes first and last evaluation ordinary ones
     stopped = bool(stop)
     if step % eval_every == 0 or step == n_steps or stopped:
-        if not stopped and not (resume and step == first_step < n_steps):
-            losses, counts, means = evaluate()
+        meter.pause()
+        already_evaluated = resume and step == first_step and step < n_steps
+        if not stopped and not already_evaluated:
+            losses, counts, means, rates = evaluate()
             if step > first_step or not resume:        # a finished run that is judged again has this line already
-                log.write('eval', step=step, **means)
-            generate_golden(out / 'golden' / f'step_{step:06d}')
-            if rank == 0:
-                bar.write(f'step {step}: held-out loss ' + ', '.join(
-                    f'{name.replace("_correct", "")} {loss:.4f}' for name, loss in means.items() if 'win' not in name))
+                log.write('eval', step=step, **means, **rates)
+            for task, examples in golden_sets.items():
+                generate(task, examples, out / 'golden' / f'step_{step:06d}' / task, guidance)
+            parts = [f'{name.removesuffix("_correct")} {mean:.4f}' for name, mean in means.items()]
+            progress.write(f'step {step}: held-out loss {", ".join(parts)}')
         if rank == 0 and step > first_step:
-            tensors = {'rows': lm.rows_state(), 'optimizer': optimizer.state_dict(), 'touched': touched}
+            tensors = {'new_rows': model.new_rows_state(), 'touched': touched, 'optimizer': optimizer.state_dict()}
             save_checkpoint(out / 'ckpt', tensors, {
-                'stage': 'b3', 'model': model, 'step': step, 'n_steps': n_steps, 'epoch_samples': epoch_samples,
-                'settings': config, 'frozen_sha256': frozen_sha, 'with_gradient': sorted(with_gradient),
+                'stage': 'b3', 'model': model_args, 'step': step, 'n_steps': n_steps, 'epoch_samples': epoch_samples,
+                'settings': config, 'frozen_sha256': frozen_before, 'with_gradient': sorted(with_gradient),
                 'token_space': space.fields()})
         if rank == 0:
-            write_atomic(out / 'status.json', json.dumps(
-                {'state': 'stopped' if stopped else 'running', 'step': step, 'n_steps': n_steps}))
-        window_start = time.time()
-    # stop
+            write_status(out, 'stopped' if stopped else 'running', step, n_steps)
+        meter.go_on()
     if stopped:
-        raise SystemExit(f'{stop.name or "another rank"} stopped this run: saved at step {step}, '
-                         'go on with --resume=True')
+        stop.leave(step)
     if step == n_steps:
         break
-    # learning rate
+
     lr = lr_at(step)
     for group in optimizer.param_groups:
-        group['lr'] = lr
-    # fetch
-    start = time.time()
-    batches = next(coming)
-    waited += time.time() - start
-    # forward and backward
-    seed_everything(seed, step, rank)
-    loss, count = forward_backward(batches)
-    # step
-    squares = {n: p.grad.double().square().sum() for n, p in trainable.items() if p.grad is not None}
-    norms = {part: math.sqrt(square) for part, square in squares.items()}
-    grad_norm = math.sqrt(sum(squares.values()))
-    if not math.isfinite(loss + grad_norm):
-        ids = [i for part in all_gather([i for b in batches for i in b.ids]) for i in part]
-        raise SystemExit(f'step {step}: loss {loss}, gradient norm {grad_norm}; stopped before the update, the last '
-                         f'checkpoint is good. The samples of this step: {", ".join(ids[:8])} ... ({len(ids)})')
-    if len(with_gradient) < len(trainable):
-        with_gradient |= {n for n, p in trainable.items() if p.grad is not None and p.grad.any()}
-    for n, p in ((n, p) for n, p in trainable.items() if p.grad is not None):
-        touched[n] |= p.grad.any(1)
-        p.grad.mul_(min(1.0, grad_clip / (grad_norm + 1e-6)))
+        group['lr'] = lr * group['peak']
+
+    batches = meter.next_of(batches_of_steps)          # made while the step before was running
+    seed_everything(seed, step, rank)                  # dropout is a function of the step: resume draws the same
+    loss, n_labels = forward_backward(batches)
+
+    norms = grad_norms(trainable, norm_groups)
+    grad_norm = math.hypot(*norms.values())
+    stop_if_not_finite(step, loss, grad_norm, batches)   # before the update: the last checkpoint stays good
+    with_gradient |= names_with_gradient(trainable, with_gradient)
+    for name, p in trainable.items():
+        if p.grad is not None:
+            touched[name] |= p.grad.any(1)
+    clip_gradients(trainable, grad_norm, grad_clip)
     optimizer.step()
     optimizer.zero_grad()
     step += 1
-    bar.update()
-    # log
-    window.append((loss * count, count, sum(len(b.input_ids) for b in batches), sum(len(b.ids) for b in batches)))
+    progress.update(loss=loss)
+
+    meter.add(loss, n_labels, batches)
     if step % log_every == 0 or step == n_steps:
-        seconds, (nats, labels, tokens, samples) = time.time() - window_start, map(sum, zip(*window))
-        record = {'step': step, 'loss': loss, 'window_loss': nats / labels, 'lr': lr, 'grad_norm': grad_norm,
-                  **{f'grad_norm_{part}': norm for part, norm in norms.items()},
-                  'tokens_per_s': tokens * world_size / seconds, 'labels_per_s': labels / seconds,
-                  'samples_per_s': samples * world_size / seconds, 'data_wait': waited / seconds,
-                  'peak_memory_mb': peak_memory_mb(device)}
-        log.write('step', **record)
-        if rank == 0:
-            bar.write(f'step {step}/{n_steps}: loss {nats / labels:.4f}, gradient {grad_norm:.3f}, lr {lr:.2e}, '
-                      f'{record["samples_per_s"]:.0f} samples/s, {record["data_wait"]:.0%} waiting for data')
-        window, window_start, waited = [], time.time(), 0.0
-bar.close()
+        window = meter.read(device)
+        norms = {f'grad_norm_{group}': norm for group, norm in norms.items()}
+        log.write('step', step=step, loss=loss, lr=lr * learning_rate, grad_norm=grad_norm, **norms, **window)
+        progress.write(f'step {step}/{n_steps}: loss {window["window_loss"]:.4f}, gradient {grad_norm:.3f}, '
+                       f'lr x {lr:.3f}, {window["samples_per_s"]:.0f} samples/s, '
+                       f'{window["data_wait"]:.0%} waiting for data')
+progress.close()
 
 # gates
-text = text_difference(lm, texts, rank, world_size)
+text = text_difference(model, text_set, rank, world_size)
 status = 0
 if rank == 0:
-    frozen_now = sha256_tensors((n, p) for n, p in lm.named_parameters() if n not in trainable)
+    save_new_rows(model, out, stage='b3', step=step, base_sha256=frozen_before,
+                  rows_with_gradient={name: int(rows.sum()) for name, rows in touched.items()})
+    export_stock(model, tokenizer, out / 'export')
+    drift = export_difference(model, out / 'export', [examples[0] for examples in eval_sets.values()])
     verdicts = [gates.at_most('text log probabilities, largest difference from the base', text, gate_text)]
-    ablations = {}
-    for task in (task for task in tasks if TASKS[task][1] == 'read'):
-        for condition, what, nats, win in (('swapped', "another item's media", gate_swap_nats, gate_swap_win),
-                                           ('random', 'random codes', gate_random_nats, gate_random_win)):
-            verdict, measured = gates.ablation(f'{task}: {what} cost more than the right ones', losses[task]['correct'],
-                                               losses[task][condition], counts[task], nats, win)
-            verdicts += [verdict]
-            ablations[f'{task}_{condition}'] = measured
-    every = [r for split in (train_rows, eval_rows, golden_rows) for rows in split.values() for r in rows]
-    save_rows(lm, out, stage='b3', step=step, base_sha256=frozen_sha,
-              rows_with_gradient={n: int(rows.sum()) for n, rows in touched.items()})
-    export(lm, tokenizer, out / 'export')
-    drift = export_difference(lm, out / 'export', [rows[0] for rows in eval_rows.values()])
-    verdicts += [gates.exactly('exported logits, largest difference in a stock load', drift, 0),
-                 gates.at_most('share of truncated samples', np.mean([r.truncated for r in every]), gate_truncated),
-                 gates.exactly('samples without a label', sum(len(r.labelled) == 0 for r in every), 0),
-                 gates.exactly('optimizer state beyond the new rows', len(
-                     set(optimizer.state) - {lm.new_in, lm.new_out}), 0),
-                 *gates.trained_set({'new_in', 'new_out'}, trainable, with_gradient, frozen_sha, frozen_now)]
+    bars = {
+        'shuffled': ("another item's media cost more than the right ones", gate_shuffled_nats, gate_shuffled_win),
+        'random': ('random codes cost more than the right ones', gate_random_nats, gate_random_win),
+    }
+    measured = {}
+    for task in tasks:
+        if TASKS[task][1] == 'write':
+            continue
+        for condition, (name, nats, win) in bars.items():
+            gate, measured[f'{task}_{condition}'] = gates.ablation(
+                f'{task}: {name}', losses[task]['correct'], losses[task][condition], counts=counts[task], bar=nats,
+                min_win=win)
+            verdicts.append(gate)
+    verdicts.append(gates.exactly('exported logits, largest difference in a stock load', drift, 0))
+    every_example = []
+    for sets in train_sets, eval_sets, golden_sets:
+        for examples in sets.values():
+            every_example += examples
+    verdicts += gates.label_gates(every_example, gate_truncated)
+    beyond = set(optimizer.state) - {model.new_in, model.new_out}
+    verdicts.append(gates.exactly('optimizer state beyond the new rows', len(beyond), 0))
+    verdicts += gates.training_gates({'new_in', 'new_out'}, trainable, with_gradient, before=frozen_before,
+                                     after=frozen_sha256(model, trainable))
+    status = gates.conclude(out, verdicts, losses=means, ablations=measured, bytes=training_bytes(model, optimizer))
+    write_status(out, 'finished', step, n_steps)
     gates.curves(out / 'log.jsonl', out / 'curves.png', [f'{task}_correct' for task in tasks])
-    status = gates.conclude(out, verdicts, losses=means, ablations=ablations, bytes=training_bytes(lm, optimizer))
-    write_atomic(out / 'status.json', json.dumps({'state': 'finished', 'step': step, 'n_steps': n_steps}))
-sys.exit(int(all_sum(status)))
+status = int(all_sum(status))
+shutdown_ranks()
+sys.exit(status)

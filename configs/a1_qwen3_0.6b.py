@@ -7,5 +7,5 @@ llm = 'Qwen/Qwen3-0.6B'
 vision = 'google/siglip2-so400m-patch14-384'
 out_dir = 'out/a1_qwen3_0.6b'
 max_bad_samples = 500
-batch_size = 32
+micro_batch_size = 32
 workers = 8

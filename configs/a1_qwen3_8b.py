@@ -8,5 +8,5 @@ llm = 'Qwen/Qwen3-8B'
 vision = 'google/siglip2-so400m-patch14-384'
 out_dir = 'out/a1_qwen3_8b'
 max_bad_samples = 500
-batch_size = 8
+micro_batch_size = 8
 workers = 8

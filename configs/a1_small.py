@@ -1,6 +1,6 @@
 # The small world's A1: a Qwen3 of 0.9 M that never saw a picture learns to caption, on two CPU cores.
 # $ python train_a1.py configs/a1_small.py
-from small.make import ensure, half_dtype
+from small.make import ensure
 
 _small = ensure('captions', 'llm', 'vision')
 data_json = f'{_small}/captions/data.json'
@@ -12,8 +12,8 @@ num_image_tokens = 32          # eight a patch: an earlier LLM learned half as f
 connector_width = 192
 connector_heads = 6
 max_seq_len = 128
-batch_size = 64
-rows_per_step = 64
+micro_batch_size = 64
+global_batch_size = 64
 learning_rate = 3e-3           # a connector of 1 M takes more than one of 82 M
 epoch_samples = 76_800         # 1,200 steps; --epoch_samples=0 --epoch_minutes=2 measures instead
 eval_every = 300
@@ -21,4 +21,3 @@ gate_ablation_nats = 0.5       # a picture that is worth less than this has not 
 n_eval = 384
 max_new_tokens = 48
 feature_cache = f'{_small}/features'
-dtype = half_dtype()

@@ -7,5 +7,5 @@ align_dir = 'out/a1_qwen3_0.6b'
 text_jsonl = 'data/heldout_text.jsonl'   # a few hundred plain texts of your own choice: what must not get worse
 out_dir = 'out/a2_qwen3_0.6b'
 max_bad_samples = 100
-batch_size = 16
+micro_batch_size = 16
 workers = 8

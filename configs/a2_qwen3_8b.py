@@ -7,5 +7,5 @@ align_dir = 'out/a1_qwen3_8b'
 text_jsonl = 'data/heldout_text.jsonl'   # a few hundred plain texts of your own choice: what must not get worse
 out_dir = 'out/a2_qwen3_8b'
 max_bad_samples = 100
-batch_size = 4
+micro_batch_size = 4
 workers = 8

@@ -1,6 +1,6 @@
 # The small world's A2: the aligned model learns to answer questions about a picture.
 # $ python train_a2.py configs/a2_small.py
-from small.make import ensure, half_dtype
+from small.make import ensure
 
 _small = ensure('instruct', 'text')
 data_json = f'{_small}/instruct/data.json'
@@ -11,8 +11,8 @@ replay_jsonl = f'{_small}/text/replay.jsonl'
 replay_share = 0.3             # without it the text loss rises by a quarter
 out_dir = 'out/a2_small'
 max_seq_len = 320
-batch_size = 40
-rows_per_step = 40              # 28 chats and 12 texts
+micro_batch_size = 40
+global_batch_size = 40              # 28 chats and 12 texts
 learning_rate = 1.5e-3
 lora_learning_rate = 3e-3
 epoch_samples = 52_000         # 1,300 steps
@@ -22,4 +22,3 @@ n_text = 256
 bucket_edges = (20, 45)        # these chats are short: thirds of them
 max_new_tokens = 48
 feature_cache = f'{_small}/features'
-dtype = half_dtype()

@@ -11,7 +11,6 @@ clip_seconds = 10.0
 data_json = 'data/LLaVA-Pretrain/blip_laion_cc_sbu_558k.json'
 image_root = 'data/LLaVA-Pretrain/images'
 manifest_jsonl = 'data/AudioCaps/manifest.jsonl'
-audio_root = 'data/AudioCaps'
 out_dir = 'out/b1_qwen3_8b'
 max_bad_samples = 10
 n_items = 256

@@ -1,6 +1,7 @@
 # The small world's B1: 16 codes of 1,024 a picture of 32 x 32, 20 frames x 2 codes of 512 a second of sound.
 # $ python uti.py configs/b1_small.py
-# Over 512 of each: 28.8 dB and SSIM 0.96; SI-SNR 7.0 dB; 98.5 % of what is seen and 98.8 % of what is heard survive.
+# Over 512 of each: 28.8 dB and SSIM 0.96; SI-SNR 7.0 dB. `python -m small.score out/b1_small` then finds 98.5 % of what
+# is seen and 98.8 % of what is heard.
 from small.make import ensure
 
 _small = ensure('captions', 'sounds', 'llm', 'image_codec', 'audio_codec')
@@ -9,10 +10,7 @@ image_codec = f'{_small}/image_codec'
 audio_codec = f'{_small}/audio_codec'
 data_json = f'{_small}/captions/data.json'
 image_root = f'{_small}/captions/images'
-image_truth = f'{_small}/captions/truth.json'
 manifest_jsonl = f'{_small}/sounds/manifest.jsonl'
-audio_root = f'{_small}/sounds'
-audio_truth = f'{_small}/sounds/truth.json'
 out_dir = 'out/b1_small'
 n_items = 512
 gate_psnr = 28.0

@@ -8,4 +8,4 @@ image_prefix = 'model.vqmodel.'
 audio_codec = 'kyutai/mimi'
 text_jsonl = 'data/heldout_text.jsonl'   # a few hundred plain texts of your own choice: what must not change
 out_dir = 'out/b3_qwen3_0.6b'
-batch_size = 16
+micro_batch_size = 16

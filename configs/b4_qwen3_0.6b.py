@@ -2,7 +2,7 @@
 # $ python train_b4.py configs/b4_qwen3_0.6b.py
 # Not run yet.
 shards_dir = 'out/b2_qwen3_0.6b'
-rows_dir = 'out/b3_qwen3_0.6b'
+new_rows_dir = 'out/b3_qwen3_0.6b'
 image_codec = 'deepseek-community/Janus-Pro-1B'
 image_prefix = 'model.vqmodel.'
 audio_codec = 'kyutai/mimi'
@@ -13,4 +13,4 @@ lora_r = 64                    # to emit a new modality takes more than to answe
 lora_alpha = 64
 task_weights_start = {'i2t': 2.0, 'a2t': 2.0, 't2i': 1.0, 't2a': 1.0}   # B3 knows reading best: writing grows
 guidance = (3.0, 1.0)          # as images are commonly drawn; the second shows what it is worth
-batch_size = 16
+micro_batch_size = 16

@@ -1,10 +1,10 @@
 # The small world's B4: LoRA and the new rows learn to draw and to sound, and go on describing.
 # $ python train_b4.py configs/b4_small.py
-from small.make import ensure, half_dtype
+from small.make import ensure
 
 _small = ensure('text', 'llm', 'image_codec', 'audio_codec')
 shards_dir = 'out/b2_small'
-rows_dir = 'out/b3_small'
+new_rows_dir = 'out/b3_small'
 image_codec = f'{_small}/image_codec'
 audio_codec = f'{_small}/audio_codec'
 text_jsonl = f'{_small}/text/eval.jsonl'
@@ -16,8 +16,8 @@ lora_alpha = 32
 lora_dropout = 0.0
 max_seq_len = 512
 task_weights = {'i2t': 1.5, 'a2t': 0.75, 't2i': 2.0, 't2a': 1.25}
-batch_size = 32
-rows_per_step = 32
+micro_batch_size = 32
+global_batch_size = 32
 learning_rate = 5e-3
 lora_learning_rate = 3e-3
 min_lr_frac = 0.02
@@ -29,4 +29,3 @@ max_new_tokens = 48
 temperature = 0.4              # at 1.0 a tenth more of what is drawn and sounded is wrong
 guidance = (1.0, 1.5)
 log_every = 100
-dtype = half_dtype()

@@ -1,1 +1,1 @@
-"""The small world: data whose truth is known and base models made on the spot. Stage 0."""
+"""The small world, stage 0: data whose truth is known, base models made on the spot, and runs judged by that truth."""

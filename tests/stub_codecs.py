@@ -16,19 +16,21 @@ sys.path[:0] = [str(Path(__file__).resolve().parent.parent)]
 
 import uti  # noqa: E402
 
+BASE = {'name': 'tiny', 'text_rows': 320, 'tokenizer_sha256': 'ab', 'end_of_text': 299}
 IMAGE = {'class': 'StubImage', 'settings': {}, 'sha256': 'cd', 'size': 4, 'grid': [2, 2], 'codes': 16}
 AUDIO = {'class': 'StubAudio', 'settings': {}, 'sha256': 'ef', 'sample_rate': 8, 'samples': 8, 'frames': 4,
          'codebooks': 2, 'codes': 8}
 
 
-BASE = {'name': 'tiny', 'text_rows': 320, 'tokenizer_sha256': 'ab', 'end_of_text': 299}
-
-
 class StubUTI:
     """encode_* and decode_* of the real one. STUB_SECONDS makes every call that slow, so that a test can interrupt."""
     def __init__(self, space, tokenizer):
-        self.space, self.tokenizer, self.image_codec, self.audio_codec = space, tokenizer, None, None
-        self.books = np.tile([space['audio_0'].first, space['audio_1'].first], 4) if space.audio else None
+        self.space = space
+        self.tokenizer = tokenizer
+        self.image_codec = None
+        self.audio_codec = None
+        if space.audio:
+            self.book_starts = np.tile([space['audio_0'].first, space['audio_1'].first], 4).astype(np.int32)   # (F K,)
 
     @classmethod
     def build(cls, llm, image_codec='', audio_codec='', **sizes):
@@ -41,21 +43,25 @@ class StubUTI:
 
     def encode_image(self, images):
         time.sleep(float(os.environ.get('STUB_SECONDS', 0)))
-        patches = np.stack(images).astype(float).mean(1).reshape(-1, 2, 2, 2, 2).mean((2, 4)).reshape(-1, 4)
+        gray = np.stack(images).astype(float).mean(1)                              # (B, 4, 4)
+        patches = gray.reshape(-1, 2, 2, 2, 2).mean((2, 4)).reshape(-1, 4)         # (B, N)
         return (patches // 16).astype(np.int32) + self.space['image'].first, [{'size': 4} for _ in images]
 
     def decode_image(self, ids, metas):
         self.space.check(ids, 'image')
-        pixels = (np.asarray(ids) - self.space['image'].first) * 16
-        return [np.broadcast_to(p.reshape(2, 2).repeat(2, 0).repeat(2, 1), (3, 4, 4)).astype(np.uint8) for p in pixels]
+        pixels = (np.asarray(ids) - self.space['image'].first).reshape(-1, 1, 2, 2) * 16
+        whole = pixels.repeat(3, 1).repeat(2, 2).repeat(2, 3)                      # (B, 3, 4, 4)
+        return list(whole.astype(np.uint8))
 
     def encode_audio(self, waves):
-        metas = [{'n_samples': len(w), 'sample_rate': 8} for w in waves]
-        steps = np.stack([np.pad(w, (0, 8 - len(w))) for w in waves]).clip(-1, 0.999) * 4 + 4
-        return steps.astype(np.int32) + self.books.astype(np.int32), metas
+        metas = [{'n_samples': len(wave), 'sample_rate': 8} for wave in waves]
+        clips = np.stack([np.pad(wave, (0, 8 - len(wave))) for wave in waves])
+        steps = clips.clip(-1, 0.999) * 4 + 4                                      # (B, F K)
+        return steps.astype(np.int32) + self.book_starts, metas
 
     def decode_audio(self, ids, metas):
-        return [((row - self.books - 4) / 4).astype(np.float32)[:m['n_samples']] for row, m in zip(ids, metas)]
+        waves = ((np.asarray(ids) - self.book_starts - 4) / 4).astype(np.float32)
+        return [wave[:meta['n_samples']] for wave, meta in zip(waves, metas)]
 
 
 def put_in_place():

@@ -1,157 +1,29 @@
-"""Images, readers, the ledger, templates, splits and batches of data.py, against values worked out by hand."""
+"""data.py: readers, templates, splits, samplers and batches, against values worked out by hand."""
 import json
-import struct
-import zlib
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 import data
-from data import (BadSample, Item, Ledger, Loader, Row, Template, collate, lay_out, read_image, read_llava, row_order,
-                  split_rows)
-
-RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
+from data import (
+    ChatTemplate, Example, Item, Loader, ShuffledSampler, choose_split, collate, image_reader, length_buckets,
+    load_split, padded_layout, read_llava, read_texts, shuffled_index)
+from media import BadSample, BadSamples
 
 
 def one_line(error, *parts):
     """The message is one line and says all of this."""
     text = str(error)
     assert '\n' not in text
-    assert [p for p in parts if str(p) not in text] == [], text
+    assert [part for part in parts if str(part) not in text] == [], text
 
 
 # -----------------------------------------------------------------------------
-# images
+# readers
 
-def colours(path, size):
-    """The colours along the top row and the left column of a picture."""
-    pixels = read_image(path, size).transpose(1, 2, 0)
-    return [tuple(p) for p in pixels[0].tolist()], [tuple(p) for p in pixels[:, 0].tolist()]
-
-
-def save(path, array, **how):
-    Image.fromarray(np.asarray(array, np.uint8)).save(path, **how)
-    return path
-
-
-def png_header(width, height):
-    """A PNG that claims a size and holds next to nothing."""
-    def chunk(name, body):
-        return struct.pack('>I', len(body)) + name + body + struct.pack('>I', zlib.crc32(name + body))
-    return (b'\x89PNG\r\n\x1a\n' + chunk(b'IHDR', struct.pack('>IIBBBBB', width, height, 8, 2, 0, 0, 0))
-            + chunk(b'IDAT', zlib.compress(bytes(100))) + chunk(b'IEND', b''))
-
-
-def noise():
-    """16 x 16 pixels of noise around a plain square."""
-    pixels = np.random.default_rng(0).integers(0, 256, (16, 16, 3))
-    pixels[4:12, 4:12] = 200, 30, 60
-    return pixels
-
-
-def test_a_truncated_jpeg_is_refused(tmp_path):
-    path = save(tmp_path / 'cut.jpg', noise())
-    path.write_bytes(path.read_bytes()[:-200])
-    with pytest.raises(BadSample) as e:
-        read_image(path, 16)
-    one_line(e.value, path, 'not a whole image', 'truncated')
-
-
-@pytest.mark.parametrize('where', [0, 20, 45, 120])
-def test_a_png_with_a_flipped_byte_is_refused(tmp_path, where):
-    path = save(tmp_path / 'a.png', noise())
-    raw = bytearray(path.read_bytes())
-    raw[where] ^= 0x55
-    path.write_bytes(raw)
-    with pytest.raises(BadSample) as e:
-        read_image(path, 16)
-    one_line(e.value, path, 'not a whole image')
-
-
-def test_no_flipped_byte_of_a_png_changes_pixels_unseen(tmp_path):
-    path = save(tmp_path / 'a.png', noise())
-    raw, whole, wrong = path.read_bytes(), read_image(path, 16), []
-    for where in range(len(raw)):
-        path.write_bytes(raw[:where] + bytes([raw[where] ^ 0x55]) + raw[where + 1:])
-        try:
-            wrong += [] if np.array_equal(read_image(path, 16), whole) else [where]
-        except BadSample:
-            pass
-    assert wrong == []
-
-
-def test_a_jpeg_with_damaged_exif_gives_its_pixels_or_one_line(tmp_path):
-    width_as_text = struct.pack('<HHI4s', 256, 2, 1, b'x\0\0\0')
-    turned = struct.pack('<HHIHH', 274, 3, 1, 6, 0)
-    exif = b'Exif\0\0II*\0' + struct.pack('<IH', 8, 2) + turned + width_as_text + bytes(4)
-    Image.new('RGB', (8, 8), RED).save(tmp_path / 'a.jpg', exif=exif)
-    try:
-        assert read_image(tmp_path / 'a.jpg', 8).shape == (3, 8, 8)
-    except BadSample as e:
-        one_line(e, tmp_path / 'a.jpg')
-
-
-@pytest.mark.parametrize('name', ['none.png', 'folder', 'text.png'])
-def test_what_is_no_picture_is_refused_by_name(tmp_path, name):
-    (tmp_path / 'folder').mkdir()
-    (tmp_path / 'text.png').write_text('a dot')
-    with pytest.raises(BadSample) as e:
-        read_image(tmp_path / name, 8)
-    one_line(e.value, tmp_path / name)
-
-
-@pytest.mark.parametrize('side', [8_001, 60_000])      # PIL lets the first pass and stops the second
-def test_a_decompression_bomb_is_refused_before_it_is_decoded(tmp_path, side):
-    (tmp_path / 'bomb.png').write_bytes(png_header(side, side))
-    with pytest.raises(BadSample) as e:
-        read_image(tmp_path / 'bomb.png', 8)
-    one_line(e.value, tmp_path / 'bomb.png', 'pixels')
-
-
-def test_transparent_pixels_are_laid_on_white(tmp_path):
-    path = save(tmp_path / 'a.png', [[(255, 0, 0, 255), (0, 0, 0, 0)], [(0, 0, 0, 128), (0, 0, 255, 255)]])
-    assert colours(path, 2) == ([RED, WHITE], [RED, (127, 127, 127)])          # 255 * (255 - 128) / 255 = 127
-
-
-@pytest.mark.parametrize('how, middle, last', [
-    ({}, GREEN, BLUE), ({'transparency': 1}, WHITE, BLUE),
-    ({'transparency': bytes([255, 128, 0])}, (127, 255, 127), WHITE)])
-def test_a_palette_picture_gives_its_colours(tmp_path, how, middle, last):
-    image = Image.new('P', (3, 3))
-    image.putdata([0, 1, 2] * 3)
-    image.putpalette([*RED, *GREEN, *BLUE])
-    image.save(tmp_path / 'a.png', **how)
-    assert colours(tmp_path / 'a.png', 3)[0] == [RED, middle, last]
-
-
-def test_sixteen_bit_gray_is_scaled_and_not_clipped(tmp_path):
-    Image.fromarray(np.array([[0, 257], [200 * 257, 65535]], np.uint16)).save(tmp_path / 'a.png')
-    assert read_image(tmp_path / 'a.png', 2)[1].tolist() == [[0, 1], [200, 255]]
-
-
-@pytest.mark.parametrize('orientation, top, left', [
-    (1, [RED, BLUE], [RED, RED]), (2, [BLUE, RED], [BLUE, BLUE]), (3, [BLUE, RED], [BLUE, BLUE]),
-    (6, [RED, RED], [RED, BLUE]), (8, [BLUE, BLUE], [BLUE, RED])])       # 6: turn clockwise, 8: counter-clockwise
-def test_an_exif_rotated_picture_is_turned_upright(tmp_path, orientation, top, left):
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    save(tmp_path / 'a.png', [[RED, BLUE]] * 2, exif=exif)
-    assert colours(tmp_path / 'a.png', 2) == (top, left)
-
-
-def test_the_contact_sheet_shows_pictures_as_the_model_sees_them(tmp_path):
-    Image.fromarray(np.full((8, 8), 40 * 257, np.uint16)).save(tmp_path / 'a.png')
-    data.contact_sheet(tmp_path / 'sheet.png', [str(tmp_path / 'a.png')], ['a dark square'], side=16)
-    with Image.open(tmp_path / 'sheet.png') as sheet:
-        assert sheet.getpixel((12, 12)) == (40, 40, 40)
-
-
-# -----------------------------------------------------------------------------
-# readers and the ledger
 
 def record(id='bad', image='a.png', ask='<image>\nWhat?', answer='a dot', **more):
     turns = [{'from': 'human', 'value': ask}, {'from': 'gpt', 'value': answer}]
@@ -162,7 +34,8 @@ def read(folder, *records, limit=0, captions=False):
     """read_llava of these records in folder/data.json, pictures in folder/images."""
     (folder / 'images').mkdir(exist_ok=True)
     (folder / 'data.json').write_text(json.dumps(records))
-    return read_llava(folder / 'data.json', folder / 'images', Ledger(folder / 'bad_samples.jsonl', limit), captions)
+    bad_samples = BadSamples(folder / 'bad_samples.jsonl', limit)
+    return read_llava(folder / 'data.json', folder / 'images', bad_samples, captions=captions)
 
 
 def test_a_chat_and_a_caption_are_read_without_their_image_marks(tmp_path):
@@ -174,96 +47,92 @@ def test_a_chat_and_a_caption_are_read_without_their_image_marks(tmp_path):
 
 
 HUMAN, GPT = record()['conversations']
-BAD_SAMPLES = {
-    'a path with ..': (record(image='../a.png'), 'leaves the image root'),
-    'a path with .. inside': (record(image='x/../../a.png'), 'leaves the image root'),
-    'an absolute path': (record(image='/etc/passwd'), 'leaves the image root'),
-    'a URL': (record(image='https://example.com/a.png'), 'leaves the image root'),
-    'a link out of the root': (record(image='link/a.png'), 'link out of the image root'),
-    'an image that is no text': (record(image=3), 'wanted a path'),
-    'a duplicate id': (record('good'), 'this id stands twice'),
-    'no id': ({k: v for k, v in record().items() if k != 'id'}, 'no "id"'),
-    'a record that is no object': ('bad', 'no "id"'),
-    'an empty answer': (record(answer=' \n'), 'an empty answer'),
-    'an odd number of turns': (record(conversations=[HUMAN, GPT, HUMAN]), 'in pairs'),
-    'no turns': (record(conversations=[]), 'in pairs'),
-    'roles the wrong way round': (record(conversations=[GPT, HUMAN]), 'alternate human and gpt'),
-    'a turn without a value': (record(conversations=[HUMAN, {'from': 'gpt'}]), 'alternate human and gpt'),
-    'two marks for one image': (record(ask='<image><image>\nWhat?'), '2 <image> marks for 1 images'),
-    'no mark for one image': (record(ask='What?'), '0 <image> marks for 1 images'),
-    'a mark and no image': (record(image=None), '1 <image> marks for 0 images'),
-}
 
 
-@pytest.mark.parametrize('sample, says', BAD_SAMPLES.values(), ids=BAD_SAMPLES)
-def test_a_bad_sample_is_left_out_and_the_ledger_says_why(tmp_path, sample, says):
+@pytest.mark.parametrize('sample, says', [
+    (record(image='x/../../a.png'), 'leaves the image root'),
+    (record(image='/etc/passwd'), 'leaves the image root'),
+    (record(image='https://example.com/a.png'), 'leaves the image root'),
+    (record(image='link/a.png'), 'link out of the image root'),
+    (record(image=3), 'wanted a path'),
+    (record(image='a\0.png'), 'is no file name'),
+    (record('good'), 'this id stands twice'),
+    ({'image': 'a.png'}, 'no "id"'),
+    ('bad', 'no "id"'),
+    (record(answer=' \n'), 'an empty answer'),
+    (record(answer='a \ud800 dot'), 'not Unicode'),
+    (record(conversations=[HUMAN, GPT, HUMAN]), 'in pairs'),
+    (record(conversations=[]), 'in pairs'),
+    (record(conversations=[GPT, HUMAN]), 'alternate human and gpt'),
+    (record(conversations=[HUMAN, {'from': 'gpt'}]), 'alternate human and gpt'),
+    (record(ask='<image><image>\nWhat?'), '2 <image> marks for 1 images'),
+    (record(ask='What?'), '0 <image> marks for 1 images'),
+    (record(image=None), '1 <image> marks for 0 images')], ids=lambda value: value if isinstance(value, str) else '')
+def test_a_bad_sample_is_left_out_and_its_line_says_why(tmp_path, sample, says):
     (tmp_path / 'images').mkdir()
     (tmp_path / 'images' / 'link').symlink_to(tmp_path)
-    items = read(tmp_path, record('good'), sample, limit=1)
-    assert [i.id for i in items] == ['good']
-    [line] = map(json.loads, (tmp_path / 'bad_samples.jsonl').read_text().splitlines())
+    assert [item.id for item in read(tmp_path, record('good'), sample, limit=1)] == ['good']
+    line = json.loads((tmp_path / 'bad_samples.jsonl').read_text())
     one_line(line['reason'], tmp_path / 'data.json', 'sample 1', says)
-
-
-@pytest.mark.parametrize('sample', [record(image='a\0.png'), record(image='\ud800.png'), record(answer='a \ud800 dot')],
-                         ids=['NUL in a path', 'half a surrogate pair in a path', 'half a surrogate pair in an answer'])
-def test_text_that_no_file_system_or_tokenizer_takes_is_a_bad_sample(tmp_path, sample):
-    assert [i.id for i in read(tmp_path, record('good'), sample, limit=1)] == ['good']
 
 
 def test_a_caption_without_an_image_is_a_bad_sample(tmp_path):
     sample = record(image=None, ask='Describe.')
-    assert [i.id for i in read(tmp_path, record('good'), sample, limit=1, captions=True)] == ['good']
+    assert [item.id for item in read(tmp_path, record('good'), sample, limit=1, captions=True)] == ['good']
     one_line((tmp_path / 'bad_samples.jsonl').read_text().strip(), 'a caption without an image')
 
 
 @pytest.mark.parametrize('text, says', [
-    ('[{"id": NaN}]', 'NaN is not JSON'), ('[{"id": -Infinity}]', '-Infinity is not JSON'),
-    ('[{"id": 1, "id": 2}]', "'id' stands twice"), ('{"id": 1}', 'wanted a list'), ('[{"id": 1}', 'not valid JSON'),
-    ('', 'not valid JSON'), ('[]', 'no usable sample'),
+    ('[{"id": NaN}]', 'NaN is not JSON'), ('[{"id": 1, "id": 2}]', "'id' stands twice"), ('{"id": 1}', 'wanted a list'),
+    ('[{"id": 1}', 'not valid JSON'), ('[]', 'no usable sample'),
     pytest.param('[' * 100_000, 'not valid JSON', id='too deep')])
 def test_a_broken_data_set_ends_the_run_with_one_line(tmp_path, text, says):
     (tmp_path / 'data.json').write_text(text)
     with pytest.raises(SystemExit) as e:
-        read_llava(tmp_path / 'data.json', tmp_path, Ledger(tmp_path / 'bad_samples.jsonl', 9))
+        read_llava(tmp_path / 'data.json', tmp_path, BadSamples(tmp_path / 'bad_samples.jsonl', 9))
     one_line(e.value, tmp_path / 'data.json', says)
 
 
-def test_with_a_limit_of_zero_the_first_bad_sample_ends_the_run(tmp_path):
+def test_one_bad_sample_more_than_the_limit_ends_the_run(tmp_path):
     with pytest.raises(SystemExit) as e:
         read(tmp_path, record('good'), record(answer=''))
     one_line(e.value, tmp_path / 'data.json', 'id bad', 'an empty answer', 'max_bad_samples above 0')
     assert not (tmp_path / 'bad_samples.jsonl').exists()
-
-
-def test_with_a_limit_of_two_two_bad_samples_are_noted_and_a_third_ends_the_run(tmp_path):
-    bad = [record(f'bad{n}', answer='') for n in range(3)]
-    assert [i.id for i in read(tmp_path, record('good'), *bad[:2], limit=2)] == ['good']
-    lines = [json.loads(line) for line in (tmp_path / 'bad_samples.jsonl').read_text().splitlines()]
-    assert [line['id'] for line in lines] == ['bad0', 'bad1']
-    with pytest.raises(SystemExit) as e:
-        read(tmp_path, record('good'), *bad, limit=2)
-    one_line(e.value, 'id bad2', 'max_bad_samples above 2')
-
-
-def test_every_duplicate_of_one_id_counts_against_the_limit(tmp_path):
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit):                    # every duplicate of one id counts
         read(tmp_path, *[record('good')] * 4, limit=2)
+
+
+def test_texts_are_read_and_other_files_refused(tmp_path):
+    path = tmp_path / 'text.jsonl'
+    path.write_text('{"text": "one"}\n\n{"text": "two"}\n')
+    assert read_texts(path) == ['one', 'two']
+    for text, says in ('{"txt": "one"}', 'wanted lines of {"text": ...}'), ('\n', 'holds no text'):
+        path.write_text(text)
+        with pytest.raises(SystemExit) as e:
+            read_texts(path)
+        one_line(e.value, path, says)
+    with pytest.raises(SystemExit) as e:
+        read_texts(tmp_path / 'none')
+    one_line(e.value, tmp_path / 'none', 'cannot read this text file')
 
 
 # -----------------------------------------------------------------------------
 # templates
 
+
 class Letters:
-    """A tokenizer with one id a letter, so that places can be counted by hand."""
+    """A tokenizer with one id a letter, so that positions can be counted by hand."""
     unk_token_id = None
     marks = {'<|vision_start|>': 1, '<|vision_end|>': 2, '<|image_pad|>': 3, '<|im_start|>': 4, '<|im_end|>': 5}
 
     def convert_tokens_to_ids(self, names):
-        return [self.marks[n] for n in names]
+        return [self.marks[name] for name in names]
 
-    def encode(self, text, **how):
-        return [ord(c) for c in text]
+    def encode(self, text, **named):
+        return [ord(letter) for letter in text]
+
+
+LETTERS = ChatTemplate(Letters(), 2, 64)
 
 
 @pytest.fixture(scope='module')
@@ -273,266 +142,289 @@ def tokenizer(tiny):
 
 
 def test_the_labels_of_a_caption_are_its_text_and_the_end_token():
-    row = Template(Letters(), 2, 64).caption(Item('a', 'a.png', (('', 'hi'),)))
-    assert row.ids.tolist() == [1, 3, 3, 2, 10, ord('h'), ord('i'), 5]
-    assert (row.labelled.tolist(), row.image_at, row.truncated) == ([5, 6, 7], 1, False)
+    example = LETTERS.caption(Item('a', 'a.png', (('', 'hi'),)))
+    assert example.ids.tolist() == [1, 3, 3, 2, 10, ord('h'), ord('i'), 5]
+    assert (example.label_positions.tolist(), example.image_start, example.truncated) == ([5, 6, 7], 1, False)
 
 
 def test_the_labels_of_a_chat_are_its_answers_and_their_end_tokens():
-    row = Template(Letters(), 2, 64).chat(Item('a', 'a.png', (('Q', 'A'), ('R', 'BC'))))
-    user, assistant = [4, *map(ord, 'user\n')], [4, *map(ord, 'assistant\n')]          # 6 and 11 ids
-    assert row.ids.tolist() == [*user, 1, 3, 3, 2, 10, ord('Q'), 5, 10, *assistant, ord('A'), 5, 10,
-                                *user, ord('R'), 5, 10, *assistant, ord('B'), ord('C'), 5, 10]
-    assert (row.labelled.tolist(), row.image_at) == ([25, 26, 48, 49, 50], 7)
+    example = LETTERS.chat(Item('a', 'a.png', (('Q', 'A'), ('R', 'BC'))))
+    user = [4, *map(ord, 'user\n')]                    # 6 ids
+    assistant = [4, *map(ord, 'assistant\n')]          # 11 ids
+    assert example.ids.tolist() == [
+        *user, 1, 3, 3, 2, 10, ord('Q'), 5, 10, *assistant, ord('A'), 5, 10,
+        *user, ord('R'), 5, 10, *assistant, ord('B'), ord('C'), 5, 10]
+    assert (example.label_positions.tolist(), example.image_start) == ([25, 26, 48, 49, 50], 7)
+    assert data.answer_starts(example) == [25, 48]
 
 
 def test_an_open_turn_ends_with_the_assistant_header_and_has_no_label():
-    row = Template(Letters(), 2, 64).chat(Item('a', None, (('Q', None),)))
-    assert row.ids.tolist() == [4, *map(ord, 'user\n'), ord('Q'), 5, 10, 4, *map(ord, 'assistant\n')]
-    assert (row.labelled.tolist(), row.image_at, row.truncated) == ([], -1, False)
+    example = LETTERS.chat(Item('a', None, (('Q', None),)))
+    assert example.ids.tolist() == [4, *map(ord, 'user\n'), ord('Q'), 5, 10, 4, *map(ord, 'assistant\n')]
+    assert (example.label_positions.tolist(), example.image_start, example.truncated) == ([], -1, False)
+    assert data.answer_starts(example) == []
 
 
-@pytest.mark.parametrize('kind', ['caption', 'chat'])
-def test_truncation_is_flagged_and_never_cuts_the_image_block(kind):
-    template = Template(Letters(), 2, 12)              # the least allowed: the image block and 8 more
-    row = getattr(template, kind)(Item('a', 'a.png', (('Q', 'abcdefgh'),)))
-    assert (len(row), row.truncated, Counter(row.ids.tolist())[3]) == (12, True, 2)
-    assert row.ids[row.image_at - 1:row.image_at + 3].tolist() == [1, 3, 3, 2]
-    assert row.labelled.tolist() == {'caption': [5, 6, 7, 8, 9, 10, 11], 'chat': []}[kind]
-    whole = Template(Letters(), 2, 14).caption(Item('a', 'a.png', (('', 'abcdefgh'),)))
+@pytest.mark.parametrize('kind, label_positions', [('caption', [5, 6, 7, 8, 9, 10, 11]), ('chat', [])])
+def test_truncation_is_flagged_and_never_cuts_the_image_block(kind, label_positions):
+    template = ChatTemplate(Letters(), 2, 12)          # the least allowed: the image block and 8 more
+    example = getattr(template, kind)(Item('a', 'a.png', (('Q', 'abcdefgh'),)))
+    assert (len(example), example.truncated) == (12, True)
+    assert example.ids[example.image_start - 1:example.image_start + 3].tolist() == [1, 3, 3, 2]
+    assert example.label_positions.tolist() == label_positions
+    whole = ChatTemplate(Letters(), 2, 14).caption(Item('a', 'a.png', (('', 'abcdefgh'),)))
     assert (len(whole), whole.truncated) == (14, False)                                           # 4 + 1 + 8 + 1
     with pytest.raises(SystemExit) as e:
-        Template(Letters(), 2, 11)
+        ChatTemplate(Letters(), 2, 11)
     one_line(e.value, 'max_seq_len = 11', '2 image tokens')
 
 
 def test_markers_that_a_user_types_stay_plain_text(tokenizer):
-    template, typed = Template(tokenizer, 4, 256), '<|image_pad|> <|im_end|>\n<|im_start|>assistant\n<|vision_start|>'
-    pad, start, end = tokenizer.convert_tokens_to_ids(['<|image_pad|>', '<|im_start|>', '<|im_end|>'])
-    assert tokenizer.encode('<|image_pad|>', add_special_tokens=False) == [pad]        # without care it would be a pad
+    template = ChatTemplate(tokenizer, 4, 256)
+    typed = '<|image_pad|> <|im_end|>\n<|im_start|>assistant\n<|vision_start|>'
+    marks = tokenizer.convert_tokens_to_ids(['<|image_pad|>', '<|im_start|>', '<|im_end|>'])
+    assert tokenizer.encode('<|image_pad|>', add_special_tokens=False) == marks[:1]    # without care it would be a pad
     chat = template.chat(Item('a', 'a.png', ((typed, typed),)))
-    assert [(chat.ids == i).sum() for i in (pad, start, end)] == [4, 2, 2]
-    assert (np.flatnonzero(chat.ids == pad) == chat.image_at + np.arange(4)).all()
-    assert tokenizer.decode(chat.ids[chat.labelled]) == typed + '<|im_end|>'
     caption = template.caption(Item('a', 'a.png', (('', typed),)))
-    assert [(caption.ids == i).sum() for i in (pad, start, end)] == [4, 0, 1]
-    assert tokenizer.decode(caption.ids[caption.labelled]) == typed + '<|im_end|>'
-    assert tokenizer.encode('<|image_pad|>', add_special_tokens=False) == [pad]        # and the tokenizer is as it was
+    for example, counts in (chat, [4, 2, 2]), (caption, [4, 0, 1]):
+        assert [(example.ids == mark).sum() for mark in marks] == counts
+        assert tokenizer.decode(example.ids[example.label_positions]) == typed + '<|im_end|>'
+    assert (np.flatnonzero(chat.ids == marks[0]) == chat.image_start + np.arange(4)).all()
 
 
 def test_a_chat_reads_as_chatml_with_the_tiny_tokenizer(tokenizer):
-    row = Template(tokenizer, 3, 256).chat(Item('a', 'a.png', (('hi', 'yes ✓'), ('why', 'no'))))
-    assert tokenizer.decode(row.ids) == (
+    example = ChatTemplate(tokenizer, 3, 256).chat(Item('a', 'a.png', (('hi', 'yes ✓'), ('why', 'no'))))
+    assert tokenizer.decode(example.ids) == (
         '<|im_start|>user\n<|vision_start|><|image_pad|><|image_pad|><|image_pad|><|vision_end|>\nhi<|im_end|>\n'
         '<|im_start|>assistant\nyes ✓<|im_end|>\n<|im_start|>user\nwhy<|im_end|>\n'
         '<|im_start|>assistant\nno<|im_end|>\n')
-    assert tokenizer.decode(row.ids[row.labelled]) == 'yes ✓<|im_end|>no<|im_end|>'
+    assert tokenizer.decode(example.ids[example.label_positions]) == 'yes ✓<|im_end|>no<|im_end|>'
 
 
 def test_every_id_of_a_text_after_the_first_is_a_label_and_its_markers_are_markers(tokenizer):
     text = '<|im_start|>user\nhi<|im_end|>'
-    row = Template(tokenizer, 3, 64).text(text, 'replay 7')
-    start, end = tokenizer.convert_tokens_to_ids(['<|im_start|>', '<|im_end|>'])
-    assert (row.ids[0], row.ids[-1], row.item.id) == (start, end, 'replay 7') and tokenizer.decode(row.ids) == text
-    assert row.labelled.tolist() == list(range(1, len(row.ids))) and row.image_at == -1
-
-
-def test_every_answer_of_a_chat_has_its_start():
-    row = Template(Letters(), 2, 64).chat(Item('a', 'a.png', (('Q', 'A'), ('R', 'BC'))))
-    assert data.answer_starts(row) == [25, 48]         # where the labels begin, by the ids worked out above
-    assert data.answer_starts(Template(Letters(), 2, 64).chat(Item('a', None, (('Q', None),)))) == []
+    example = ChatTemplate(tokenizer, 3, 64).text(text, 'replay 7')
+    ends = tokenizer.convert_tokens_to_ids(['<|im_start|>', '<|im_end|>'])
+    assert example.ids[[0, -1]].tolist() == ends and tokenizer.decode(example.ids) == text
+    assert example.label_positions.tolist() == list(range(1, len(example)))
+    assert (example.item.id, example.image_start) == ('replay 7', -1)
 
 
 # -----------------------------------------------------------------------------
 # splits
 
-def row(id, image, n_labels=1):
-    return Row(Item(id, str(image), (('', id),)), np.arange(8 + n_labels, dtype=np.int32),
-               np.arange(8, 8 + n_labels, dtype=np.int32), 1, False)
+
+def example_of(id, image, n_labels=1):
+    return Example(Item(id, str(image), (('', id),)), np.arange(8 + n_labels, dtype=np.int32),
+                   np.arange(8, 8 + n_labels, dtype=np.int32), 1, False)
 
 
-def make_rows(folder, n, captions=(1,)):
-    """Rows of n pictures, the k-th in bucket k % 3. captions: how many rows name each copy of a picture's file."""
-    rows = []
+def make_examples(folder, n, captions=(1,)):
+    """Examples of n pictures, the k-th in bucket k % 3. captions: how many examples each copy of a file has."""
+    examples = []
     for k in range(n):
         for copy, count in enumerate(captions):
             path = folder / f'{k}-copy{copy}.png'
             path.write_text(f'picture {k}')
-            rows += [row(f'{k}-{copy}-{c}', path, (10, 20, 21)[k % 3]) for c in range(count)]
-    return rows
+            for c in range(count):
+                examples.append(example_of(f'{k}-{copy}-{c}', path, (10, 20, 21)[k % 3]))
+    return examples
 
 
-def split(rows, folder, n_eval=30, n_golden=9, read=lambda path: path):
-    return split_rows(rows, n_eval, n_golden, (10, 20), folder / 'split.json', Ledger(folder / 'bad.jsonl', 99), read)
+def split(examples, folder, n_eval=30, n_golden=9, read=lambda path: path):
+    path = folder / 'split.json'
+    choose_split(examples, n_eval, n_golden, (10, 20), path=path, bad_samples=BadSamples(folder / 'bad.jsonl', 99),
+                 read=read)
+    return load_split(examples, path, n_eval)
 
 
-def names(rows):
-    return [r.item.id for r in rows]
+def ids(examples):
+    return [example.item.id for example in examples]
 
 
-def media(rows):
-    return [r.item.id.split('-')[0] for r in rows]
+def pictures(examples):
+    return {example.item.id.split('-')[0] for example in examples}
 
 
-def test_eval_and_golden_are_balanced_over_the_length_buckets(tmp_path):
-    train, evaluation, golden = split(make_rows(tmp_path, 150), tmp_path, 100, 10)
-    assert Counter(len(r.labelled) for r in evaluation) == {10: 33, 20: 33, 21: 34}
-    assert Counter(len(r.labelled) for r in golden) == {10: 3, 20: 3, 21: 4}
-    assert len(train) == 150 - 110
+def test_eval_and_golden_are_balanced_over_the_length_buckets_and_so_is_a_part_of_them(tmp_path):
+    train_set, eval_set, golden_set = split(make_examples(tmp_path, 150), tmp_path, n_eval=100, n_golden=10)
+    assert Counter(len(example.label_positions) for example in eval_set) == {10: 33, 20: 33, 21: 34}
+    assert Counter(len(example.label_positions) for example in golden_set) == {10: 3, 20: 3, 21: 4}
+    assert len(train_set) == 150 - 110
+    part = Counter(len(example.label_positions) for example in eval_set[:30])
+    assert min(part.values()) >= 5                     # 10 of each, give or take
 
 
-def test_the_first_third_of_the_held_out_items_holds_every_length(tmp_path):
-    _, evaluation, _ = split(make_rows(tmp_path, 150), tmp_path, 90, 9)
-    assert min(Counter(len(r.labelled) for r in evaluation[:30]).values()) >= 5      # 10 of each, give or take
+def test_the_length_buckets_are_masks_of_those_that_hold_any():
+    masks = length_buckets([1, 10, 21, 3], (10, 20))
+    assert {name: mask.tolist() for name, mask in masks.items()} == {
+        'short': [True, True, False, True], 'long': [False, False, True, False]}
 
 
 def test_no_picture_is_on_two_sides_of_a_split_under_another_name_or_caption(tmp_path):
-    train, evaluation, golden = split(make_rows(tmp_path, 90, captions=(2, 1)), tmp_path)
-    parts = [set(media(part)) for part in (train, evaluation, golden)]
-    assert [len(part) for part in parts] == [51, 30, 9]                        # 90 pictures, each on one side
-    assert len(set.union(*parts)) == 90
-    assert (len(train), len(evaluation), len(golden)) == (3 * 51, 30, 9)       # held out once, not three times
+    train_set, eval_set, golden_set = split(make_examples(tmp_path, 90, captions=(2, 1)), tmp_path)
+    parts = [pictures(part) for part in (train_set, eval_set, golden_set)]
+    assert [len(part) for part in parts] == [51, 30, 9] and len(set.union(*parts)) == 90
+    assert (len(train_set), len(eval_set), len(golden_set)) == (3 * 51, 30, 9)   # held out once, not three times
 
 
 def test_a_split_is_written_once_and_used_again(tmp_path):
-    rows = make_rows(tmp_path, 60)
-    first, text = split(rows, tmp_path), (tmp_path / 'split.json').read_text()
+    examples = make_examples(tmp_path, 60)
+    first = split(examples, tmp_path)
+    text = (tmp_path / 'split.json').read_text()
 
     def fails(path):
         raise AssertionError('read again')
-    again = split(rows[::-1], tmp_path, read=fails)
-    assert [names(part) for part in again[1:]] == [names(part) for part in first[1:]]
-    assert set(names(again[0])) == set(names(first[0]))
+    again = split(examples[::-1], tmp_path, read=fails)
+    assert [ids(part) for part in again[1:]] == [ids(part) for part in first[1:]]
+    assert set(ids(again[0])) == set(ids(first[0]))
     assert (tmp_path / 'split.json').read_text() == text
 
 
-def test_a_split_is_refused_when_an_item_of_it_has_gone(tmp_path):
-    rows = make_rows(tmp_path, 60)
-    gone = split(rows, tmp_path)[1][0]
+def test_a_split_is_refused_when_a_sample_has_gone_or_come(tmp_path):
+    examples = make_examples(tmp_path, 60)
+    held_out = split(examples, tmp_path)[1][0]
     with pytest.raises(SystemExit) as e:
-        split([r for r in rows if r is not gone], tmp_path)
-    one_line(e.value, tmp_path / 'split.json', repr(gone.item.id), 'remove the file')
-
-
-def test_a_split_is_refused_when_a_sample_has_come_that_may_show_a_held_out_picture(tmp_path):
-    rows = make_rows(tmp_path, 60)
-    held_out = split(rows, tmp_path)[1][0]
-    with pytest.raises(SystemExit) as e:
-        split([*rows, row('late', held_out.item.image)], tmp_path)
+        split([example for example in examples if example is not held_out], tmp_path)
+    one_line(e.value, tmp_path / 'split.json', repr(held_out.item.id), 'remove the file')
+    with pytest.raises(SystemExit) as e:               # it may show a held-out picture
+        split([*examples, example_of('late', held_out.item.image)], tmp_path)
     one_line(e.value, tmp_path / 'split.json', 'remove the file')
 
 
 def test_an_unreadable_picture_is_not_held_out(tmp_path):
-    rows = make_rows(tmp_path, 90)
-
     def read(path):
         if int(Path(path).name.split('-')[0]) % 4 == 0:
             raise BadSample(f'{path}: not a whole image')
         return path
-    train, evaluation, golden = split(rows, tmp_path, read=read)
-    assert (len(evaluation), len(golden)) == (30, 9)
-    assert [k for k in media(evaluation + golden) if int(k) % 4 == 0] == []
+    _, eval_set, golden_set = split(make_examples(tmp_path, 90), tmp_path, read=read)
+    assert (len(eval_set), len(golden_set)) == (30, 9)
+    assert not [k for k in pictures(eval_set + golden_set) if int(k) % 4 == 0]
 
 
-def test_a_missing_picture_is_in_no_part_of_the_split_and_in_the_ledger(tmp_path):
-    rows = make_rows(tmp_path, 60)
-    Path(rows[5].item.image).unlink()
-    assert rows[5].item.id not in names(sum(split(rows, tmp_path), []))
-    one_line((tmp_path / 'bad.jsonl').read_text().strip(), rows[5].item.image, rows[5].item.id)
+def test_a_missing_picture_is_in_no_part_of_the_split_and_a_bad_sample(tmp_path):
+    examples = make_examples(tmp_path, 60)
+    Path(examples[5].item.image).unlink()
+    parts = split(examples, tmp_path)
+    assert examples[5].item.id not in ids(sum(parts, []))
+    one_line((tmp_path / 'bad.jsonl').read_text().strip(), examples[5].item.image, examples[5].item.id)
 
 
 def test_too_little_data_to_split_ends_the_run_with_one_line(tmp_path):
     with pytest.raises(SystemExit) as e:
-        split(make_rows(tmp_path, 9), tmp_path)
+        split(make_examples(tmp_path, 9), tmp_path)
     one_line(e.value, '9 samples', 'add data or lower n_eval')
 
 
 # -----------------------------------------------------------------------------
-# batches
-
-def test_row_order_is_another_permutation_in_each_epoch_and_for_each_seed():
-    orders = {(seed, epoch): [row_order(50, epoch * 50 + r, seed) for r in range(50)]
-              for seed in (1, 2) for epoch in (0, 1)}
-    assert [sorted(order) for order in orders.values()] == [list(range(50))] * 4
-    assert len({tuple(order) for order in orders.values()}) == 4
-    assert [row_order(50, r, 1) for r in range(50)] == orders[1, 0]
+# samplers and the loader
 
 
-def make_loader(tmp_path, n=37, bad=(), limit=9):
-    def get_image(row):
-        if row.item.id in bad:
-            raise BadSample(f'{row.item.image}: not a whole image')
-        return np.full((3, 2, 2), int(row.item.id), np.uint8)
-    rows = [row(str(k), f'{k}.png', 1 + k % 9) for k in range(n)]
-    return Loader(rows, get_image, 2, Ledger(tmp_path / 'bad.jsonl', limit), seed=3)
+def test_the_order_is_another_permutation_in_each_epoch_and_for_each_seed():
+    orders = [[shuffled_index(50, k, seed) for k in range(epoch * 50, epoch * 50 + 50)]
+              for seed in (1, 2) for epoch in (0, 1)]
+    assert [sorted(order) for order in orders] == [list(range(50))] * 4
+    assert len(set(map(tuple, orders))) == 4
+    assert [shuffled_index(50, k, 1) for k in range(50)] == orders[0]
 
 
-def test_a_step_has_the_same_rows_for_any_number_of_ranks_and_any_batch_size(tmp_path):
-    load = make_loader(tmp_path)
-    for step in range(4):                              # step 2 crosses from the first epoch into the second
-        want = Counter(str(row_order(37, r, 3)) for r in range(step * 16, step * 16 + 16))
+SAMPLER = ShuffledSampler([example_of(str(k), f'{k}.png', 1 + k % 9) for k in range(37)], 16, seed=3)
+
+
+def make_loader(folder, bad=(), limit=9):
+    """Of pictures whose pixels are their number."""
+    def read(path):
+        number = path.split('.')[0]
+        if number in bad:
+            raise BadSample(f'{path}: not a whole image')
+        return np.full((3, 2, 2), int(number), np.uint8)
+    return Loader(image_reader(read), 2, BadSamples(folder / 'bad.jsonl', limit))
+
+
+def test_a_step_has_the_same_examples_longest_first_for_any_number_of_ranks_and_any_micro_batch(tmp_path):
+    loader = make_loader(tmp_path)
+    for step in 0, 2:                                  # step 2 crosses from the first epoch into the second
+        examples = SAMPLER.step(step)
+        wanted = Counter(str(shuffled_index(37, k, 3)) for k in range(step * 16, step * 16 + 16))
+        assert Counter(ids(examples)) == wanted
+        assert [len(example) for example in examples] == sorted(map(len, examples), reverse=True)
         for world_size in 1, 2, 3:
-            for batch_size in 1, 4, 5, 16, 99:
-                batches = [batch for rank in range(world_size)
-                           for batch in load.micro_batches(step, 16, batch_size, rank, world_size)]
-                assert Counter(i for b in batches for i in b.ids) == want
-                assert max(len(b.ids) for b in batches) <= batch_size
+            for micro_batch_size in 1, 5, 99:
+                batches = []
+                for rank in range(world_size):
+                    batches += loader.rank_batches(examples, micro_batch_size, rank, world_size=world_size)
+                assert Counter(id for batch in batches for id in batch.ids) == wanted
+                assert max(len(batch.ids) for batch in batches) <= micro_batch_size
+                for batch in batches:                  # each example with its own picture
+                    assert batch.images[:, 0, 0, 0].tolist() == [int(id) for id in batch.ids]
 
 
-def test_every_row_of_a_batch_has_its_own_picture(tmp_path):
-    for batch in make_loader(tmp_path).micro_batches(0, 16, 5, 0, 1):
-        assert batch.images[:, 0, 0, 0].tolist() == [int(i) for i in batch.ids]
-
-
-def test_a_row_with_a_bad_picture_is_left_out_and_not_replaced(tmp_path):
-    whole, step = make_loader(tmp_path), 0
-    ids = [b.ids for b in whole.micro_batches(step, 16, 4, 0, 1)]
-    bad = {ids[0][1], *ids[2]}                         # one of the first micro-batch, all of the third
-    load = make_loader(tmp_path, bad=bad)
-    found = [b.ids for b in load.micro_batches(step, 16, 4, 0, 1)]
-    assert found == [[ids[0][0], *ids[0][2:]], ids[1], ids[3]]
-    load.micro_batches(step, 16, 4, 0, 1)              # met again: not noted again
+def test_an_example_with_a_bad_picture_is_left_out_and_not_replaced(tmp_path):
+    examples = SAMPLER.step(0)
+    first, second, third, fourth = [ids(examples[k:k + 4]) for k in (0, 4, 8, 12)]
+    bad = {first[1], *third}                           # one of the first micro-batch, all of the third
+    loader = make_loader(tmp_path, bad=bad)
+    for _ in range(2):                                 # met again: not noted again
+        found = [batch.ids for batch in loader.rank_batches(examples, 4, 0, world_size=1)]
+        assert found == [[first[0], *first[2:]], second, fourth]
     lines = [json.loads(line) for line in (tmp_path / 'bad.jsonl').read_text().splitlines()]
     assert sorted(line['id'] for line in lines) == sorted(bad)
 
 
 def test_a_bad_picture_above_the_limit_ends_the_run_from_the_thread_that_reads_ahead(tmp_path):
-    load = make_loader(tmp_path, bad={str(k) for k in range(37)}, limit=0)
+    loader = make_loader(tmp_path, bad={str(k) for k in range(37)}, limit=0)
     with pytest.raises(SystemExit) as e:
-        next(load.steps(0, 3, 16, 4, 0, 1))
+        next(loader.steps(SAMPLER, 0, 3, micro_batch_size=4, rank=0, world_size=1))
     one_line(e.value, 'not a whole image', 'max_bad_samples above 0')
 
 
-def test_steps_gives_what_micro_batches_gives(tmp_path):
-    load = make_loader(tmp_path)
-    ahead = list(load.steps(1, 5, 16, 5, 1, 2))
-    assert len(ahead) == 4 and list(load.steps(5, 5, 16, 5, 1, 2)) == []
+def test_steps_gives_the_batches_of_each_step_in_order(tmp_path):
+    loader = make_loader(tmp_path)
+    ahead = list(loader.steps(SAMPLER, 1, 5, micro_batch_size=5, rank=1, world_size=2))
+    assert len(ahead) == 4 and list(loader.steps(SAMPLER, 5, 5, micro_batch_size=5, rank=1, world_size=2)) == []
     for step, batches in zip(range(1, 5), ahead):
-        for one, other in zip(batches, load.micro_batches(step, 16, 5, 1, 2), strict=True):
+        for one, other in zip(batches, loader.rank_batches(SAMPLER.step(step), 5, 1, world_size=2), strict=True):
             assert one.ids == other.ids
-            assert all(torch.equal(v, vars(other)[k]) for k, v in vars(one).items() if isinstance(v, torch.Tensor))
+            assert torch.equal(one.input_ids, other.input_ids) and torch.equal(one.images, other.images)
 
 
-def test_rows_are_laid_out_a_few_at_a_time_each_group_counting_its_own_tokens():
-    (first, first_slots), (second, second_slots) = lay_out([3, 2, 2], together=2)
-    assert first.tolist() == [[0, 1, 2], [3, 4, 0]] and first_slots.tolist() == [0, 1, 2, 3, 4]
-    assert second.tolist() == [[0, 1]] and second_slots.tolist() == [0, 1]
+def test_a_cache_takes_the_place_of_the_files_and_names_what_it_lacks():
+    get_image = image_reader(None, {'0.png': 'features'})
+    assert get_image(SAMPLER.examples[0]) == 'features'
+    with pytest.raises(BadSample, match='1.png: no such image'):
+        get_image(SAMPLER.examples[1])
 
 
-def test_two_short_rows_are_laid_end_to_end():
-    def ints(*values):
-        return np.array(values, np.int32)
-    with_image = Row(Item('i', 'i.png', ()), ints(20, 21, 22, 23, 24), ints(3, 4), 1, False)
-    text_only = Row(Item('t', None, ()), ints(30, 31, 32), ints(2), -1, False)
-    batch = collate([text_only, with_image], [None, np.ones((3, 2, 2), np.uint8)], num_image_tokens=2)
+# -----------------------------------------------------------------------------
+# batches
+
+
+def test_examples_are_laid_out_a_group_at_a_time_each_counting_its_own_tokens():
+    first, second = padded_layout([3, 2, 2], group_size=2)
+    assert [index.tolist() for index in first] == [[[0, 1, 2], [3, 4, 0]], [0, 1, 2, 3, 4]]
+    assert [index.tolist() for index in second] == [[[0, 1]], [0, 1]]
+
+
+def ints(*values):
+    return np.array(values, np.int32)
+
+
+WITH_IMAGE = Example(Item('i', 'i.png', ()), ints(20, 21, 22, 23, 24), ints(3, 4), 1, False)
+TEXT_ONLY = Example(Item('t', None, ()), ints(30, 31, 32), ints(2), -1, False)
+
+
+def test_two_short_examples_are_laid_end_to_end():
+    batch = collate([TEXT_ONLY, WITH_IMAGE], [None, np.ones((3, 2, 2), np.uint8)], num_image_tokens=2)
     assert batch.input_ids.tolist() == [30, 31, 32, 20, 21, 22, 23, 24]
     assert batch.position_ids.tolist() == [0, 1, 2, 0, 1, 2, 3, 4]
-    [(places, slots)] = batch.rows
-    assert places.tolist() == [[0, 1, 2, 0, 0], [3, 4, 5, 6, 7]]               # filled up with place 0
-    assert slots.tolist() == [0, 1, 2, 5, 6, 7, 8, 9]
-    assert places.flatten()[slots].tolist() == list(range(8))
+    [(pad_index, unpad_index)] = batch.layout
+    assert pad_index.tolist() == [[0, 1, 2, 0, 0], [3, 4, 5, 6, 7]]            # filled up with token 0
+    assert unpad_index.tolist() == [0, 1, 2, 5, 6, 7, 8, 9]
+    assert pad_index.flatten()[unpad_index].tolist() == list(range(8))
     assert batch.image_positions.tolist() == [4, 5]
-    assert batch.label_positions.tolist() == [1, 5, 6]                         # the place before each label
+    assert batch.logit_positions.tolist() == [1, 5, 6]                         # the position before each label
     assert batch.labels.tolist() == [32, 23, 24]
-    assert batch.label_rows.tolist() == [0, 1, 1]
+    assert batch.label_examples.tolist() == [0, 1, 1]
     assert (batch.n_labels, batch.ids, tuple(batch.images.shape)) == (3, ['t', 'i'], (1, 3, 2, 2))
+    assert batch.label_ranges == []                    # Track A has none
+    assert batch.to('meta').labels.device.type == batch.to('meta').layout[0][0].device.type == 'meta'

@@ -1,22 +1,25 @@
-"""memory.py: what stays on a GPU is counted exactly, what is kept for the backward pass is what autograd keeps."""
+"""tools/memory.py: what stays is counted exactly, what is kept for the backward pass is what autograd keeps."""
 import re
+import runpy
+import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import REPO, run_script
+from conftest import REPO
 from peft import LoraConfig, get_peft_model
 from test_docs import settings_of
 from test_real_configs import QWEN3, SO400M
 from transformers import Qwen3Config, Qwen3ForCausalLM, SiglipVisionConfig, SiglipVisionModel
 
 from configure import configure
-from data import Item, Row, collate
-from tools.memory import LORA, PLAN, B, memory_needed, table
+from data import Example, Item, collate
 from model import VLM, Connector, Tower
-from token_model import TokenLM
+from token_model import TokenModel
+from tools.memory import LORA_TARGETS, PLAN, Step, Trained, memory_needed, table
 from uti import TokenSpace
 
 # -----------------------------------------------------------------------------
@@ -27,26 +30,38 @@ from uti import TokenSpace
 def test_what_stays_is_counted_exactly_on_the_real_shapes(size):
     """Frozen weights 2 bytes, learned ones 4 each for the master, the gradient and the two moments of AdamW."""
     shape, n_llm, n_connector = QWEN3[size]
-    llm, tower = Qwen3Config(**shape), SiglipVisionConfig(**SO400M)
+    llm = Qwen3Config(**shape)
+    tower = SiglipVisionConfig(**SO400M)
     with torch.device('meta'):
         n_tower = sum(p.numel() for p in Tower(SiglipVisionModel(tower)).parameters())
-    d, heads, kv = shape['hidden_size'], shape['num_attention_heads'] * 128, shape['num_key_value_heads'] * 128
-    each = (d + heads) + 2 * (d + kv) + (heads + d) + 3 * (d + shape['intermediate_size'])
-    n_layers = shape['num_hidden_layers'] * (
-        2 * d * heads + 2 * d * kv + 3 * d * shape['intermediate_size'] + 2 * d + 2 * 128) + d   # and the last norm
-    lora, rows = shape['num_hidden_layers'] * each, 2 * 18_436 * d
-    for stage, how, frozen, learned in (
-            ('a1', {}, n_llm + n_tower, n_connector), ('a2', {'lora_r': 16}, n_llm + n_tower, n_connector + 16 * lora),
-            ('b3', {'new_rows': 18_436}, n_llm, rows),
-            ('b4', {'new_rows': 18_436, 'lora_r': 64}, n_llm, rows + 64 * lora),
-            ('b4', {'new_rows': 18_436, 'full_tune': True}, n_llm - n_layers, rows + n_layers)):
-        need = memory_needed(stage, llm, tower, **how)
-        assert [need[k] for k in ('frozen', 'trained', 'gradients', 'optimizer')] == [
-            2 * frozen, 4 * learned, 4 * learned, 8 * learned], stage
+    n_layers = shape['num_hidden_layers']
+    d = shape['hidden_size']
+    i = shape['intermediate_size']
+    q = shape['num_attention_heads'] * 128
+    kv = shape['num_key_value_heads'] * 128
+    n_lora = n_layers * ((d + q) + 2 * (d + kv) + (q + d) + 3 * (d + i))          # for each unit of its rank
+    n_tuned = n_layers * (2 * d * q + 2 * d * kv + 3 * d * i + 2 * d + 2 * 128) + d   # and the last norm
+    n_rows = 2 * 18_436 * d
+    for stage, trained, frozen, learned in (
+            ('a1', Trained(), n_llm + n_tower, n_connector),
+            ('a2', Trained(lora_r=16), n_llm + n_tower, n_connector + 16 * n_lora),
+            ('b3', Trained(new_rows=18_436), n_llm, n_rows),
+            ('b4', Trained(new_rows=18_436, lora_r=64), n_llm, n_rows + 64 * n_lora),
+            ('b4', Trained(new_rows=18_436, full_tune=True), n_llm - n_tuned, n_rows + n_tuned)):
+        need = memory_needed(stage, llm, tower, Step(), trained)
+        stays = [need[part] for part in ('frozen', 'trained', 'gradients', 'optimizer')]
+        assert stays == [2 * frozen, 4 * learned, 4 * learned, 8 * learned], stage
 
 
 # -----------------------------------------------------------------------------
 # what is kept for the backward pass
+
+TOWER = SiglipVisionConfig(hidden_size=48, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
+                           image_size=40, patch_size=8)
+SPACE = TokenSpace({'name': '', 'text_rows': 1000, 'tokenizer_sha256': '', 'end_of_text': 2},
+                   {'size': 8, 'grid': [4, 8], 'codes': 300})
+SIX = Step(micro_batch_size=6, example_tokens=60, cuda=False)
+LABEL_POSITIONS = np.arange(20, 60, dtype=np.int32)    # 40 of the 60 tokens
 
 
 def tiny_llm(half):
@@ -54,77 +69,78 @@ def tiny_llm(half):
     llm = Qwen3ForCausalLM(Qwen3Config(
         vocab_size=1000, hidden_size=64, intermediate_size=192, num_hidden_layers=4, num_attention_heads=4,
         num_key_value_heads=2, head_dim=16)).to(torch.bfloat16 if half else torch.float32)
-    llm.set_attn_implementation('rows')
+    llm.set_attn_implementation('unpadded')
     return llm.requires_grad_(False)
 
 
-def kept(model, batch):
-    """Bytes that autograd keeps of a forward pass, each storage once, without the model's own weights; and the loss."""
-    own, keeps = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}
-
-    def pack(tensor):
-        storage = tensor.untyped_storage()
-        keeps[storage.data_ptr()] = (tensor, storage.nbytes())         # alive, so that no address comes again
-        return tensor
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss = model(batch)
-    return sum(size for at, (_, size) in keeps.items() if at not in own), loss
+def add_lora(llm, dropout):
+    get_peft_model(llm, LoraConfig(r=4, lora_alpha=8, lora_dropout=dropout, target_modules=LORA_TARGETS))
 
 
-TOWER = SiglipVisionConfig(hidden_size=48, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
-                           image_size=40, patch_size=8)
-SPACE = TokenSpace({'name': '', 'text_rows': 1000, 'tokenizer_sha256': '', 'end_of_text': 2},
-                   {'size': 8, 'grid': [4, 8], 'codes': 300})
+def track_a(half, lora_dropout=None):
+    """(model, batch, Step, Trained) of six examples of 60 tokens, 8 of them an image, 40 labels; LoRA unless None."""
+    vlm = VLM(None, Connector(48, 5, 64, num_image_tokens=8, width=32, depth=2, heads=4), tiny_llm(half))
+    if lora_dropout is not None:
+        add_lora(vlm.llm, lora_dropout)
+    examples = [Example(Item(str(n), 'x', ()), np.full(60, 5, np.int32), LABEL_POSITIONS, 1, False) for n in range(6)]
+    batch = collate(examples, [np.zeros((25, 48), np.float32)] * 6, 8)
+    connector = {'num_image_tokens': 8, 'width': 32, 'depth': 2, 'heads': 4}
+    trained = Trained(connector, lora_r=4, lora_dropout=lora_dropout or 0.0)
+    return vlm.train(), batch, replace(SIX, labels=40, half=half), trained
 
 
-def grafted(half, dropout=None):
-    """Six rows of 60 tokens, 8 of them an image, 40 labels; with LoRA unless dropout is None."""
-    vlm = VLM(None, Connector(48, 5, 64, 8, 32, 2, 4), tiny_llm(half))
-    if dropout is not None:
-        get_peft_model(vlm.llm, LoraConfig(r=4, lora_alpha=8, lora_dropout=dropout, target_modules=LORA))
-    rows = [Row(Item(str(n), 'x', ()), np.full(60, 5, np.int32), np.arange(20, 60, dtype=np.int32), 1, False)
-            for n in range(6)]
-    how = {'labels': 40, 'num_image_tokens': 8, 'width': 32, 'depth': 2, 'heads': 4, 'lora_r': 4,
-           'lora_dropout': dropout or 0}
-    return vlm.train(), collate(rows, [np.zeros((25, 48), np.float32)] * 6, 8), how
-
-
-def rows_only(half, full=False, lora=False):
-    """Six rows of 60 tokens: 8 labels of text, 32 codes."""
-    lm = TokenLM(tiny_llm(half), SPACE)
-    if full:
-        for part in lm.llm.model.layers, lm.llm.model.norm:
+def track_b(half, full_tune=False, lora=False):
+    """The same of six examples of 60 tokens: 8 labels of text, 32 codes."""
+    model = TokenModel(tiny_llm(half), SPACE)
+    if full_tune:
+        for part in model.llm.model.layers, model.llm.model.norm:
             part.float().requires_grad_(True)
     if lora:
-        get_peft_model(lm.llm, LoraConfig(r=4, lora_alpha=8, lora_dropout=0.1, target_modules=LORA))
+        add_lora(model.llm, 0.1)
+    ids = np.repeat([5, 1010], [28, 32]).astype(np.int32)
     ranges = np.repeat([0, 2], [8, 32]).astype(np.int16)
-    ids = np.concatenate([np.full(28, 5), np.full(32, 1010)]).astype(np.int32)
-    rows = [Row(SimpleNamespace(id=str(n)), ids, np.arange(20, 60, dtype=np.int32), -1, False, ranges)
-            for n in range(6)]
-    how = {'labels': 8, 'codes': 32, 'code_range': 300, 'new_rows': 304, 'lora_r': 4, 'lora_dropout': 0.1,
-           'full_tune': full}
-    return lm.train(), collate(rows, [None] * 6, 0), how
+    examples = [Example(SimpleNamespace(id=str(n)), ids, LABEL_POSITIONS, -1, False, ranges) for n in range(6)]
+    step = replace(SIX, labels=8, codes=32, code_range=300, half=half)
+    trained = Trained(new_rows=304, lora_r=4, lora_dropout=0.1, full_tune=full_tune)
+    return model.train(), collate(examples), step, trained
 
 
-def fuse_attention(monkeypatch):
+@pytest.fixture
+def fused_attention(monkeypatch):
     """As it is on a GPU: in bf16 a CPU goes by the definition, which keeps every score."""
     def fused(q, k, v, scaling=None, dropout=0.0):
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, dropout_p=dropout,
                                               enable_gqa=True)
-    monkeypatch.setattr('model.short_attention', fused, raising=False)
+    monkeypatch.setattr('model.short_attention', fused)
+
+
+def kept(model, batch):
+    """(bytes that autograd keeps of a forward pass, each storage once, without the model's own weights; the loss)."""
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    tensors = {}                                       # kept alive, so that no address comes again
+
+    def pack(tensor):
+        tensors[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = model(batch)
+    return sum(t.untyped_storage().nbytes() for address, t in tensors.items() if address not in own), loss
+
+
+def n_bytes(tensors):
+    return sum(t.numel() * t.element_size() for t in tensors)
 
 
 @pytest.mark.parametrize('half', [False, True], ids=['float32', 'bfloat16'])
-@pytest.mark.parametrize('stage, make', [
-    ('a1', grafted), ('a2', lambda half: grafted(half, 0.0)), ('a2', lambda half: grafted(half, 0.1)),
-    ('b3', rows_only), ('b4', lambda half: rows_only(half, lora=True)),
-    ('b4', lambda half: rows_only(half, full=True))],
+@pytest.mark.parametrize('stage, make, options', [
+    ('a1', track_a, {}), ('a2', track_a, {'lora_dropout': 0.0}), ('a2', track_a, {'lora_dropout': 0.1}),
+    ('b3', track_b, {}), ('b4', track_b, {'lora': True}), ('b4', track_b, {'full_tune': True})],
     ids=['a1', 'a2', 'a2-dropout', 'b3', 'b4', 'b4-full_tune'])
-def test_what_the_formula_says_is_kept_is_what_autograd_keeps(stage, make, half, monkeypatch):
+def test_what_the_formula_says_is_kept_is_what_autograd_keeps(stage, make, options, half, fused_attention):
     """Within a factor of 1.15 either way; and gradients and optimizer state to the byte."""
-    fuse_attention(monkeypatch)
-    model, batch, how = make(half)
-    need = memory_needed(stage, model.llm.config, TOWER, batch_size=6, row_tokens=60, half=half, cuda=False, **how)
+    model, batch, step, trained = make(half, **options)
+    need = memory_needed(stage, model.llm.config, TOWER, step, trained)
     found, loss = kept(model, batch)
     ratio = (need['activations'] + need['logits']) / found
     print(f'{stage} {half}: {found} bytes kept, the formula says {ratio:.3f} times that')
@@ -133,32 +149,34 @@ def test_what_the_formula_says_is_kept_is_what_autograd_keeps(stage, make, half,
     learned = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(learned)
     optimizer.step()
-    assert sum(p.grad.numel() * p.grad.element_size() for p in learned if p.grad is not None) == need['gradients']
-    state = [t for s in optimizer.state.values() for t in s.values() if t.ndim]
-    assert sum(t.numel() * t.element_size() for t in state) == need['optimizer']
-    stock = sum(p.numel() * p.element_size() for p in model.parameters() if not p.requires_grad)
-    tower = need['frozen'] - stock if stage[0] == 'a' else 0           # these models have their features given
-    assert need['frozen'] == stock + tower and (tower > 0) == (stage[0] == 'a')
+    assert n_bytes(p.grad for p in learned if p.grad is not None) == need['gradients']
+    for moment in 'exp_avg', 'exp_avg_sq':
+        assert n_bytes(state[moment] for state in optimizer.state.values()) == need['optimizer'] / 2
+    frozen = n_bytes(p for p in model.parameters() if not p.requires_grad)
+    if stage in ('a1', 'a2'):                          # these models have their features given, and no tower
+        assert need['frozen'] > frozen
+    else:
+        assert need['frozen'] == frozen
 
 
-def test_a_formula_that_forgot_the_mlp_would_be_noticed(monkeypatch):
-    fuse_attention(monkeypatch)
-    model, batch, how = grafted(True)
+def test_a_formula_that_forgot_the_mlp_would_be_noticed(fused_attention):
+    model, batch, step, trained = track_a(half=True)
     found, _ = kept(model, batch)
     model.llm.config.intermediate_size = 64            # instead of 192
-    need = memory_needed('a1', model.llm.config, TOWER, batch_size=6, row_tokens=60, cuda=False, **how)
+    need = memory_needed('a1', model.llm.config, TOWER, step, trained)
     assert (need['activations'] + need['logits']) / found < 1 / 1.15
 
 
 def test_what_does_not_grow_does_not_and_what_does_does():
-    llm, tower = Qwen3Config(**QWEN3['0.6b'][0]), SiglipVisionConfig(**SO400M)
-    one, two = (memory_needed('a2', llm, tower, batch_size=n, row_tokens=100, labels=400) for n in (8, 16))
+    llm = Qwen3Config(**QWEN3['0.6b'][0])
+    tower = SiglipVisionConfig(**SO400M)
+    one, two = (memory_needed('a2', llm, tower, Step(n, example_tokens=100, labels=400), Trained()) for n in (8, 16))
     assert two['logits'] == one['logits'] == 4 * 2048 * 151_936        # never more than 2,048 labels at a time
     assert 1.9 < two['activations'] / one['activations'] < 2.1 and two['optimizer'] == one['optimizer']
-    alone, eight = (memory_needed('b4', llm, batch_size=1, ranks=n, **{**B, 'row_tokens': 8}, full_tune=True)
-                    for n in (1, 8))
-    assert eight['peak'] - alone['peak'] > 0           # the ranks' message: the gradients once more
-    need = memory_needed('a1', llm, tower, batch_size=1)
+    full_tune = Trained(new_rows=32_772, full_tune=True)
+    alone, eight = (memory_needed('b4', llm, None, Step(1, example_tokens=8, ranks=n), full_tune) for n in (1, 8))
+    assert eight['peak'] > alone['peak']               # the ranks' message: the gradients once more
+    need = memory_needed('a1', llm, tower, Step(1), Trained())
     assert need['peak'] >= sum(size for part, size in need.items() if part != 'peak')
 
 
@@ -166,31 +184,46 @@ def test_what_does_not_grow_does_not_and_what_does_does():
 # the page
 
 
-def test_the_table_of_the_page_is_what_the_function_gives():
-    assert table() in (REPO / 'docs' / 'bigger.md').read_text()
+@pytest.fixture(scope='module')
+def plan():
+    return table()
 
 
-def test_every_command_of_the_page_takes_a_batch_that_the_table_says_fits():
-    fits = {(stage[:2], base, 'full' in stage): [] for _, stage, base, _ in PLAN}
-    for line, (gpu, stage, base, how) in zip(table().splitlines()[2:], PLAN):
+def test_the_table_of_the_page_is_what_the_function_gives(plan):
+    assert plan in (REPO / 'docs' / 'bigger.md').read_text()
+
+
+def test_every_command_of_the_page_takes_a_batch_that_the_table_says_fits(plan):
+    largest = {}                                       # {(stage, base, full_tune, GiB of a GPU): micro_batch_size}
+    for line, (gpu, stage, base, step, trained) in zip(plan.splitlines()[2:], PLAN):
         if line.endswith('| fits |'):
-            fits[stage[:2], base, 'full' in stage].append((how['batch_size'], gpu.split()[-2]))
-    page, seen = (REPO / 'docs' / 'bigger.md').read_text(), 0
-    for part, size in ('One card', '24'), ('One H200', '139'), ('Eight', '139'), ('Several', '139'):
+            key = stage[:2], base, trained.full_tune, gpu.split()[-2]
+            largest[key] = max(step.micro_batch_size, largest.get(key, 0))
+    page = (REPO / 'docs' / 'bigger.md').read_text()
+    n_commands = 0
+    for part, gpu in ('One card', '24'), ('One H200', '139'), ('Eight', '139'), ('Several', '139'):
         section = page[page.index(f'## {part}'):].split('\n## ')[0]
-        for stage, name, more in re.findall(r'train_\w\d\.py configs/(\w\d)_qwen3_([\d.]+b)\.py(.*)', section):
-            settings = configure(settings_of(f'train_{stage}.py'), [
-                str(REPO / f'configs/{stage}_qwen3_{name}.py'), *more.split()])
-            found = [n for n, gpu in fits[stage, f'Qwen3-{name.upper()}', 'full' in more] if gpu == size]
-            assert found and settings['batch_size'] <= max(found), (part, stage, name)
-            seen += 1
-    assert seen == 15
+        for stage, size, more in re.findall(r'train_\w\d\.py configs/(\w\d)_qwen3_([\d.]+b)\.py(.*)', section):
+            config = str(REPO / f'configs/{stage}_qwen3_{size}.py')
+            settings = configure(settings_of(f'train_{stage}.py'), [config, *more.split()])
+            key = stage, f'Qwen3-{size.upper()}', 'full_tune' in more, gpu
+            assert settings['micro_batch_size'] <= largest[key], (part, stage, size)
+            n_commands += 1
+    assert n_commands == 15
 
 
-def test_it_prints_its_parts_and_refuses_what_is_no_stage_or_no_model(tiny):
-    done = run_script('memory.py', f'--llm={tiny}/llm', f'--vision={tiny}/vision', '--batch_size=2')
-    assert done.returncode == 0 and done.stdout.splitlines()[-1].startswith('peak'), done.stderr
-    for change, found in (('--stage=a3', "stage = 'a3'"), ('--llm=nowhere', 'nowhere: no Hugging Face model here'),
+def run_tool(monkeypatch, *args):
+    """`python -m tools.memory` in this process."""
+    monkeypatch.setattr(sys, 'argv', ['memory.py', *args])
+    runpy.run_module('tools.memory', run_name='__main__')
+
+
+@pytest.mark.filterwarnings('ignore:.*found in sys.modules')
+def test_it_prints_its_parts_and_refuses_what_is_no_stage_or_no_model(tiny, monkeypatch, capsys):
+    run_tool(monkeypatch, f'--llm={tiny}/llm', f'--vision={tiny}/vision', '--micro_batch_size=2')
+    assert capsys.readouterr().out.splitlines()[-1].startswith('peak')
+    for change, found in (('--stage=a3', "stage = 'a3'"), ('--full_tune=True', 'only b4 has it'),
+                          ('--llm=/no/where', '/no/where: no Hugging Face model here'),
                           (f'--llm={tiny}/vision', 'wanted that of a Qwen3Config')):
-        done = run_script('memory.py', change)
-        assert done.returncode == 1 and found in done.stderr and 'Traceback' not in done.stderr, done.stderr
+        with pytest.raises(SystemExit, match=found):
+            run_tool(monkeypatch, change)

@@ -1,120 +1,165 @@
-"""Tokenized shards: what is written is what is read, damage is refused, rows and batches are as worked out by hand."""
+"""shards.py: lists of captioned media, shards written and read, their examples and batches, mixtures of tasks."""
 import json
-import resource
 
 import numpy as np
 import pytest
 import torch
-from test_data import one_line
+from safetensors import safe_open
+from test_common import no_file_larger_than
+from test_data import TEXT_ONLY, Letters, one_line
 from test_uti import AUDIO, BASE, IMAGE, SPACE
 
-from data import (
-    Item, Ledger, Loader, Record, Row, collate, load_shard, read_index, read_sealed, read_shards, token_row,
-    write_sealed, write_shard)
+from common import read_sealed, write_sealed
+from data import Loader, collate
+from media import BadSamples
+from shards import (
+    Caption, Medium, MixtureSampler, Record, load_shard, prompt_of, read_index, read_manifest, read_shards,
+    read_sound_folder, require_enough, task_shares, text_examples, token_example, token_sets, with_media, with_prompt,
+    write_shard)
 from uti import Grammar, TokenSpace
 
 GRAMMAR = Grammar(SPACE)
-PICTURE, CLIP = [104, 105, 106, 119], [120, 128, 127, 135]
+PICTURE = [104, 105, 106, 119]
+CLIP = [120, 128, 127, 135]
+
+# -----------------------------------------------------------------------------
+# captioned media
+
+
+@pytest.mark.parametrize('line, says', [
+    ('{"id": "x", "audio": "a.wav", "text": NaN}', 'NaN is not JSON'),
+    ('{"id": "x", "id": "y", "audio": "a.wav", "text": "t"}', "'id' stands twice"),
+    ('\udcff', 'not valid JSON'), ('[1]', 'no "id"'), ('{"audio": "a.wav", "text": "t"}', 'no "id"'),
+    ('{"id": "x", "audio": "../a.wav", "text": "t"}', "audio '../a.wav' leaves the audio root"),
+    ('{"id": "x", "audio": "link.wav", "text": "t"}', 'is a link out of the audio root'),
+    ('{"id": "x", "audio": "a.wav", "image": "a.png", "text": "t"}', 'image and audio, wanted one'),
+    ('{"id": "x", "text": "t"}', 'neither image nor audio'),
+    ('{"id": "x", "audio": "a.wav", "text": "  "}', "text is '  '"),
+    ('{"id": "x", "audio": "a.wav", "text": "\\ud800"}', 'not Unicode')])
+def test_a_bad_line_of_a_manifest_is_left_out_and_its_line_says_why(tmp_path, line, says):
+    (tmp_path / 'in').mkdir()
+    (tmp_path / 'out.wav').write_bytes(b'')
+    (tmp_path / 'in' / 'link.wav').symlink_to(tmp_path / 'out.wav')
+    path = tmp_path / 'in' / 'm.jsonl'
+    good = '{"id": 7, "source": "s", "audio": "a.wav", "text": " ok "}'
+    path.write_bytes(f'{good}\n\n{line}\n'.encode(errors='surrogateescape'))
+    [found] = read_manifest(path, BadSamples(tmp_path / 'bad.jsonl', 1))
+    assert (found.id, found.modality, found.path, found.text) == ('7', 'audio', str(tmp_path / 'in' / 'a.wav'), 'ok')
+    one_line(json.loads((tmp_path / 'bad.jsonl').read_text())['reason'], f'{path}:3', says)
+
+
+def test_a_folder_of_sounds_with_captions_as_clotho_has_them(tmp_path):
+    (tmp_path / 'c.csv').write_text('file_name,caption_1,caption_2\na b.wav,"one, two",three\n../x.wav,no,\n')
+    found = read_sound_folder(tmp_path, tmp_path / 'c.csv', BadSamples(tmp_path / 'bad.jsonl', 2))
+    assert [(media.id, media.text) for media in found] == [
+        ('a b.wav#caption_1', 'one, two'), ('a b.wav#caption_2', 'three')]
+    assert len((tmp_path / 'bad.jsonl').read_text().splitlines()) == 2
+    (tmp_path / 'c.csv').write_text('file,text\na.wav,x\n')
+    with pytest.raises(SystemExit, match='wanted columns file_name, caption_1, ..., found file, text'):
+        read_sound_folder(tmp_path, tmp_path / 'c.csv', None)
+
+
+# -----------------------------------------------------------------------------
+# shards
 
 
 def make_folder(folder, space=SPACE):
     """Two shards: a picture with two captions and a clip with one to train on, a picture in eval."""
-    train = write_shard(folder, 'train-00000', space, [('p1', 'image', PICTURE), ('c1', 'audio', CLIP)],
-                        [('a', 0, [7, 8]), ('b', 0, [9]), ('c', 1, [1, 2, 3])])
-    held = write_shard(folder, 'eval-00000', space, [('p2', 'image', PICTURE[::-1])], [('d', 0, [4])])
-    write_sealed(folder / 'index.json', {'token_space': space.sha256, 'splits': {
-        split: {'shards': [{'name': s['name'], 'sha256': s['shard_sha256']} for s in shards]}
-        for split, shards in (('train', [train]), ('eval', [held]), ('golden', []))}})
+    folder.mkdir(exist_ok=True)
+    sides = {
+        'train': [write_shard(folder, 'train-00000', space, media=[
+            Medium('p1', 'image', PICTURE, {'size': 4}), Medium('c1', 'audio', CLIP, {'n_samples': 8})], captions=[
+            Caption('a', 0, [7, 8]), Caption('b', 0, [9]), Caption('c', 1, [1, 2, 3])])],
+        'eval': [write_shard(folder, 'eval-00000', space, [Medium('p2', 'image', PICTURE[::-1], {})],
+                             [Caption('d', 0, [4])])],
+        'golden': [],
+    }
+    splits = {}
+    for split, shards in sides.items():
+        splits[split] = {'shards': [{'name': side['name'], 'sha256': side['shard_sha256']} for side in shards]}
+    write_sealed(folder / 'index.json', {'token_space': space.sha256, 'splits': splits})
     space.save(folder / 'token_space.json')
     return folder
 
 
 def plain(records):
-    return [(r.id, r.modality, r.payload.tolist(), r.text.tolist(), r.media) for r in records]
+    return [(r.id, r.modality, r.payload.tolist(), r.text.tolist(), r.media_sha256, r.meta) for r in records]
 
 
 def test_what_was_written_is_read(tmp_path):
     make_folder(tmp_path)
     assert plain(read_shards(tmp_path, 'train', SPACE)) == [
-        ('a', 'image', PICTURE, [7, 8], 'p1'), ('b', 'image', PICTURE, [9], 'p1'),
-        ('c', 'audio', CLIP, [1, 2, 3], 'c1')]
-    assert plain(read_shards(tmp_path, 'eval')) == [('d', 'image', PICTURE[::-1], [4], 'p2')]
+        ('a', 'image', PICTURE, [7, 8], 'p1', {'size': 4}), ('b', 'image', PICTURE, [9], 'p1', {'size': 4}),
+        ('c', 'audio', CLIP, [1, 2, 3], 'c1', {'n_samples': 8})]
+    assert plain(read_shards(tmp_path, 'eval')) == [('d', 'image', PICTURE[::-1], [4], 'p2', {})]
     assert read_shards(tmp_path, 'golden') == []
     with pytest.raises(SystemExit, match="no split 'test': wanted one of train, eval, golden"):
         read_shards(tmp_path, 'test')
 
 
-def test_the_tensors_of_a_shard_by_hand(tmp_path):
-    make_folder(tmp_path)
-    side = read_sealed(tmp_path / 'train-00000.json')
-    tensors, _ = load_shard(tmp_path, 'train-00000', side['shard_sha256'], SPACE)
-    assert {k: (v.dtype.name, v.tolist()) for k, v in tensors.items()} == {
+def test_a_shard_is_plain_safetensors_that_names_its_token_space(tmp_path):
+    path = make_folder(tmp_path) / 'train-00000.safetensors'
+    with safe_open(path, 'np') as f:
+        assert f.metadata() == {'token_space': SPACE.sha256}
+        tensors = {name: f.get_tensor(name) for name in f.keys()}
+    assert {name: (tensor.dtype.name, tensor.tolist()) for name, tensor in tensors.items()} == {
         'ids': ('int32', [*PICTURE, *CLIP, 7, 8, 9, 1, 2, 3]), 'offsets': ('int64', [0, 4, 8, 10, 11, 14]),
         'kinds': ('uint8', [1, 2, 0, 0, 0]), 'items': ('int32', [[0, 2], [0, 3], [1, 4]])}
+    side = read_sealed(tmp_path / 'train-00000.json', 'build_b2.py')
     assert side == {'name': 'train-00000', 'shard_sha256': side['shard_sha256'], 'token_space': SPACE.sha256, 'ids': 14,
-                    'bytes': (tmp_path / 'train-00000.safetensors').stat().st_size, 'media': ['p1', 'c1'],
+                    'bytes': path.stat().st_size, 'media': ['p1', 'c1'], 'metas': [{'size': 4}, {'n_samples': 8}],
                     'items': ['a', 'b', 'c']}
 
 
 def test_the_same_input_gives_the_same_bytes(tmp_path):
-    for name in 'one', 'two':
-        (tmp_path / name).mkdir()
-        make_folder(tmp_path / name)
-    files = sorted(p.name for p in (tmp_path / 'one').iterdir())
-    assert len(files) == 6
-    assert all((tmp_path / 'one' / f).read_bytes() == (tmp_path / 'two' / f).read_bytes() for f in files)
+    one = make_folder(tmp_path / 'one')
+    two = make_folder(tmp_path / 'two')
+    names = sorted(path.name for path in one.iterdir())
+    assert len(names) == 6
+    assert all((one / name).read_bytes() == (two / name).read_bytes() for name in names)
 
 
 def test_an_empty_shard_is_a_shard(tmp_path):
     side = write_shard(tmp_path, 'x', SPACE, [], [])
-    tensors, _ = load_shard(tmp_path, 'x', side['shard_sha256'], SPACE)
-    assert [tensors[k].shape for k in ('ids', 'offsets', 'kinds', 'items')] == [(0,), (1,), (0,), (0, 2)]
+    tensors, _ = load_shard(tmp_path, 'x', side['shard_sha256'], space=SPACE)
+    assert [tensors[name].shape for name in ('ids', 'offsets', 'kinds', 'items')] == [(0,), (1,), (0,), (0, 2)]
 
 
 @pytest.mark.parametrize('name', ['train-00000.safetensors', 'train-00000.json', 'index.json', 'token_space.json'])
-@pytest.mark.parametrize('where', [0.02, 0.5, 0.98])
-def test_a_flipped_bit_anywhere_is_refused_with_one_line(tmp_path, name, where):
+def test_a_flipped_bit_a_cut_file_and_a_missing_one_are_refused_in_one_line(tmp_path, name):
     path = make_folder(tmp_path) / name
-    body = bytearray(path.read_bytes())
-    body[int(where * len(body))] ^= 1
-    path.write_bytes(bytes(body))
-    with pytest.raises(SystemExit) as e:
-        read_shards(tmp_path, 'train')
-    one_line(e.value, name)
-
-
-@pytest.mark.parametrize('name', ['train-00000.safetensors', 'train-00000.json', 'index.json', 'token_space.json'])
-def test_a_missing_or_cut_file_is_refused_with_one_line(tmp_path, name):
-    path = make_folder(tmp_path) / name
-    path.write_bytes(path.read_bytes()[:-20])
-    with pytest.raises(SystemExit) as e:
-        read_shards(tmp_path, 'train')
-    one_line(e.value, name)
+    body = path.read_bytes()
+    damaged = [body[:-20]]
+    for where in 0.02, 0.5, 0.98:
+        n = int(where * len(body))
+        damaged.append(body[:n] + bytes([body[n] ^ 1]) + body[n + 1:])
+    for content in damaged:
+        path.write_bytes(content)
+        with pytest.raises(SystemExit) as e:
+            read_shards(tmp_path, 'train')
+        one_line(e.value, name)
     path.unlink()
     with pytest.raises(SystemExit) as e:
         read_shards(tmp_path, 'train')
     one_line(e.value, name, 'No such file')
 
 
-def test_a_full_disk_gets_one_line_and_leaves_no_half_of_a_shard(tmp_path):
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
-    try:
-        with pytest.raises(SystemExit) as e:
-            write_shard(tmp_path, 'x', SPACE, [('p', 'image', np.zeros(1000, np.int32))], [])
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    one_line(e.value, f'{tmp_path}/x.safetensors: cannot write here, is the disk full? ([Errno 27] File '
-             'too large); mend that and start again, the finished shards are kept')
+def test_a_full_disk_ends_in_one_line_and_leaves_no_half_of_a_shard(tmp_path):
+    with no_file_larger_than(1000), pytest.raises(SystemExit) as e:
+        write_shard(tmp_path, 'x', SPACE, [Medium('p', 'image', np.zeros(1000, np.int32), {})], [])
+    one_line(e.value, f'{tmp_path}/x.safetensors: cannot write here, is the disk full? ([Errno 27] File too large); '
+             'fix that and start again, the finished shards are kept')
     assert not list(tmp_path.glob('x.safetensors')) and not list(tmp_path.glob('x.json'))
 
 
 def test_two_shards_that_changed_places_are_refused(tmp_path):
     make_folder(tmp_path)
     for end in 'safetensors', 'json':
-        a, b = tmp_path / f'train-00000.{end}', tmp_path / f'eval-00000.{end}'
-        mine, theirs = a.read_bytes(), b.read_bytes()
-        a.write_bytes(theirs), b.write_bytes(mine)
+        a = tmp_path / f'train-00000.{end}'
+        b = tmp_path / f'eval-00000.{end}'
+        a.rename(tmp_path / 'x')
+        b.rename(a)
+        (tmp_path / 'x').rename(b)
     with pytest.raises(SystemExit, match='train-00000.safetensors: sha256 .* damaged or exchanged'):
         read_shards(tmp_path, 'train')
 
@@ -126,84 +171,177 @@ def test_another_token_space_is_refused_by_name(tmp_path):
     other.save(tmp_path / 'token_space.json')          # a file that was put there afterwards
     with pytest.raises(SystemExit, match='index.json and token_space.json are not of one build'):
         read_shards(tmp_path, 'train')
-    shard = read_index(make_folder(tmp_path))[0]['splits']['train']['shards'][0]
+    index, _ = read_index(make_folder(tmp_path))
+    shard = index['splits']['train']['shards'][0]
     with pytest.raises(SystemExit, match='train-00000.safetensors: made for token space'):
-        load_shard(tmp_path, shard['name'], shard['sha256'], other)
+        load_shard(tmp_path, shard['name'], shard['sha256'], space=other)
 
 
 # -----------------------------------------------------------------------------
-# rows
+# examples of the tasks
+
 
 def record(payload=PICTURE, text=(7, 8), modality='image', id='a'):
-    return Record(id, modality, np.array(payload, np.int32), np.array(text, np.int32), 'p1')
+    return Record(id, modality, np.array(payload, np.int32), np.array(text, np.int32), 'p1', {})
 
 
-@pytest.mark.parametrize('task, ids, labelled, ranges', [
+@pytest.mark.parametrize('task, ids, label_positions, ranges', [
     ('i2t', [100, *PICTURE, 101, 7, 8, 99], [6, 7, 8], [0, 0, 0]),
     ('t2i', [7, 8, 100, *PICTURE, 101], [3, 4, 5, 6, 7], [2, 2, 2, 2, 1]),
     ('text', [7, 8, 99], [1, 2], [0, 0])])
-def test_rows_by_hand(task, ids, labelled, ranges):
-    row = token_row(record(), task, GRAMMAR, 64)
-    assert (row.ids.tolist(), row.labelled.tolist(), row.ranges.tolist()) == (ids, labelled, ranges)
-    assert (row.item.id, row.image_at, row.truncated) == ('a', -1, False)
+def test_examples_by_hand(task, ids, label_positions, ranges):
+    example = token_example(record(), task, GRAMMAR, 64)
+    assert example.ids.tolist() == ids
+    assert (example.label_positions.tolist(), example.label_ranges.tolist()) == (label_positions, ranges)
+    assert (example.item.id, example.image_start, example.truncated) == ('a', -1, False)
 
 
-@pytest.mark.parametrize('task, ids, labelled', [
-    ('i2t', [100, *PICTURE, 101, 7, 8, 9], [6, 7, 8]),             # what is said ends without its end token
+@pytest.mark.parametrize('task, ids, label_positions', [
+    ('i2t', [100, *PICTURE, 101, 7, 8, 9], [6, 7, 8]),             # the description loses its end token
     ('t2i', [7, 8, 100, *PICTURE, 101], [3, 4, 5, 6, 7])])         # the prompt is cut, the picture is whole
-def test_what_does_not_fit_is_cut_from_the_text_and_flagged(task, ids, labelled):
-    fits = token_row(record(text=(7, 8)), task, GRAMMAR, 9)
+def test_what_does_not_fit_is_cut_from_the_text_and_flagged(task, ids, label_positions):
+    fits = token_example(record(text=(7, 8)), task, GRAMMAR, 9)
     assert not fits.truncated and len(fits) <= 9
-    row = token_row(record(text=(7, 8, 9)), task, GRAMMAR, 9)
-    assert (row.truncated, row.ids.tolist(), row.labelled.tolist()) == (True, ids, labelled)
-    assert len(row.ranges) == len(labelled)
+    cut = token_example(record(text=(7, 8, 9)), task, GRAMMAR, 9)
+    assert (cut.truncated, cut.ids.tolist(), cut.label_positions.tolist()) == (True, ids, label_positions)
+    assert len(cut.label_ranges) == len(label_positions)
     with pytest.raises(SystemExit, match='max_seq_len = 7 leaves no room for text in .*: wanted at least 8'):
-        token_row(record(), task, GRAMMAR, 7)
+        token_example(record(), task, GRAMMAR, 7)
 
 
 def test_a_record_of_the_other_modality_is_refused():
     with pytest.raises(SystemExit, match='item a has an image: task a2t wants an audio'):
-        token_row(record(), 'a2t', GRAMMAR, 64)
+        token_example(record(), 'a2t', GRAMMAR, 64)
+
+
+@pytest.mark.parametrize('text', [[9, 8, 7], []])
+def test_a_writing_example_behind_another_prompt_is_the_document_of_that_prompt(text):
+    wanted = GRAMMAR.document('t2i', PICTURE, text)
+    got = with_prompt(token_example(record(), 't2i', GRAMMAR, 64), text)
+    for name in 'ids', 'label_positions', 'label_ranges':
+        np.testing.assert_array_equal(getattr(got, name), getattr(wanted, name))
+    assert prompt_of(got).tolist() == text
+
+
+def test_a_reading_example_about_other_media_keeps_all_but_its_codes():
+    example = token_example(record(), 'i2t', GRAMMAR, 64)
+    assert with_media(example, PICTURE[::-1]).ids.tolist() == [100, *PICTURE[::-1], 101, 7, 8, 99]
+    assert example.ids.tolist() == [100, *PICTURE, 101, 7, 8, 99]
+
+
+def test_the_sets_of_a_split_are_the_first_items_of_each_task(tmp_path):
+    make_folder(tmp_path)
+    sets = token_sets(tmp_path, 'train', ['i2t', 't2a'], GRAMMAR, 64)
+    assert {task: [e.item.id for e in examples] for task, examples in sets.items()} == {'i2t': ['a', 'b'], 't2a': ['c']}
+    assert [len(x) for x in token_sets(tmp_path, 'train', ['i2t', 't2a'], GRAMMAR, 64, n=1).values()] == [1, 1]
+    with pytest.raises(SystemExit) as e:
+        require_enough(sets, sets, tmp_path)
+    one_line(e.value, f'{tmp_path} has 2 items to train and 2 to evaluate i2t on', 'task_weights')
+
+
+def test_a_text_of_one_id_leaves_nothing_to_predict(tmp_path):
+    (tmp_path / 'text.jsonl').write_text('{"text": "red"}\n{"text": "a"}\n{"text": "blue"}\n')
+    assert [e.item.id for e in text_examples(tmp_path / 'text.jsonl', Letters(), 64)] == ['text 0', 'text 2']
 
 
 # -----------------------------------------------------------------------------
 # batches
 
+
 def test_labels_of_a_batch_stand_sorted_by_range_with_their_counts():
-    rows = [token_row(record(), 't2i', GRAMMAR, 64), token_row(record(CLIP, (5,), 'audio', 'b'), 't2a', GRAMMAR, 64),
-            token_row(record(text=(9,), id='c'), 'i2t', GRAMMAR, 64)]
-    batch = collate(rows, [None] * 3, 0)
+    draw = token_example(record(), 't2i', GRAMMAR, 64)
+    generate = token_example(record(CLIP, (5,), 'audio', 'b'), 't2a', GRAMMAR, 64)
+    describe = token_example(record(text=(9,), id='c'), 'i2t', GRAMMAR, 64)
+    batch = collate([draw, generate, describe])
     assert batch.input_ids.tolist() == [7, 8, 100, *PICTURE, 101, 5, 102, *CLIP, 103, 100, *PICTURE, 101, 9, 99]
     assert batch.label_ranges == [(0, 2), (1, 2), (2, 4), (3, 2), (4, 2)]      # text, special, image, audio_0, audio_1
     assert batch.labels.tolist() == [9, 99, 101, 103, *PICTURE, 120, 127, 128, 135]
-    assert batch.label_rows.tolist() == [2, 2, 0, 1, 0, 0, 0, 0, 1, 1, 1, 1]
-    assert batch.label_positions.tolist() == [20, 21, 6, 13, 2, 3, 4, 5, 9, 11, 10, 12]
-    assert batch.input_ids[batch.label_positions + 1].tolist() == batch.labels.tolist()
-    assert batch.n_labels == 12 and batch.images is None and batch.ids == ['a', 'b', 'c']
-    assert all(type(n) is int for pair in batch.to('cpu').label_ranges for n in pair)
+    assert batch.label_examples.tolist() == [2, 2, 0, 1, 0, 0, 0, 0, 1, 1, 1, 1]
+    assert batch.logit_positions.tolist() == [20, 21, 6, 13, 2, 3, 4, 5, 9, 11, 10, 12]
+    assert batch.input_ids[batch.logit_positions + 1].tolist() == batch.labels.tolist()
+    assert (batch.n_labels, batch.images, batch.ids) == (12, None, ['a', 'b', 'c'])
+    assert batch.to('cpu').label_ranges == batch.label_ranges
 
 
-def test_plain_text_among_typed_rows_counts_as_text_and_track_a_has_no_ranges():
-    text = Row(Item('t', None, ()), np.array([30, 31, 32], np.int32), np.array([1, 2], np.int32), -1, False)
-    batch = collate([token_row(record(), 't2i', GRAMMAR, 64), text], [None, None], 0)
-    assert batch.label_ranges == [(0, 2), (1, 1), (2, 4)] and batch.labels.tolist() == [31, 32, 101, *PICTURE]
-    alone = collate([text], [None], 0)
-    assert alone.label_ranges == [] and alone.label_positions.tolist() == [0, 1]
+def test_plain_text_among_typed_examples_counts_as_text():
+    batch = collate([token_example(record(), 't2i', GRAMMAR, 64), TEXT_ONLY])
+    assert batch.label_ranges == [(0, 1), (1, 1), (2, 4)] and batch.labels.tolist() == [32, 101, *PICTURE]
 
 
-def test_the_loader_of_track_a_takes_rows_of_shards(tmp_path):
-    records = read_shards(make_folder(tmp_path), 'train')
-    rows = [token_row(r, task, GRAMMAR, 64) for r in records for task in ('i2t', 't2i') if r.modality == 'image']
-    load = Loader(rows, None, 0, Ledger(tmp_path / 'bad.jsonl', 0), seed=1)
-    batches = load.micro_batches(0, 4, 2, 0, 1)
-    assert sorted(i for b in batches for i in b.ids) == ['a', 'a', 'b', 'b']
-    for batch in batches:
-        first, end = (torch.tensor(np.repeat(GRAMMAR.bounds([r for r, _ in batch.label_ranges])[side],
-                                             [n for _, n in batch.label_ranges])) for side in (0, 1))
-        assert ((batch.labels >= first) & (batch.labels < end)).all()
+# -----------------------------------------------------------------------------
+# mixtures of tasks
 
 
-def test_json_of_a_sealed_file_is_plain(tmp_path):
-    write_sealed(tmp_path / 'x.json', {'a': [1, 'ü']})
-    assert set(json.loads((tmp_path / 'x.json').read_text())) == {'a', 'sha256'}
-    assert read_sealed(tmp_path / 'x.json') == {'a': [1, 'ü']}
+def test_task_shares_sum_to_one_and_only_tasks_with_codes_are_taken():
+    assert task_shares({'i2t': 3.0, 't2i': 1.0, 'a2t': 0}, GRAMMAR) == {'i2t': 0.75, 't2i': 0.25}
+    no_audio = Grammar(TokenSpace(BASE, IMAGE))
+    for weights in {'a2t': 1}, {'i2t': -1, 't2i': 2}, {'i2t': 0}, {}:
+        with pytest.raises(SystemExit) as e:
+            task_shares(weights, no_audio)
+        one_line(e.value, f'task weights {weights}', 'this token space has codes for, i2t, t2i')
+
+
+def mixture(shares_at, n_steps, dropout=0.0):
+    sets = {}
+    for task in 'i2t', 't2i':
+        sets[task] = [token_example(record(id=f'{task} {k}'), task, GRAMMAR, 64) for k in range(10)]
+    return MixtureSampler(sets, shares_at, n_steps, global_batch_size=8, seed=3, prompt_dropout=dropout)
+
+
+def fifth_then_all(progress):
+    return {'i2t': 0.2, 't2i': 0.8} if progress < 5 / 9 else {'i2t': 1.0}
+
+
+def ids_of(examples):
+    return [example.item.id for example in examples]
+
+
+def test_a_mixture_has_the_shares_of_each_step_and_every_example_once_an_epoch():
+    """Of 8 examples a fifth is 1.6: 1.6, 3.2, 4.8, 6.4 and 8 are owed after five steps, so 2, 1, 2, 1, 2 come."""
+    sampler = mixture(fifth_then_all, 9)
+    assert sampler.counts[:, 0].tolist() == [2, 1, 2, 1, 2, 8, 8, 8, 8]
+    steps = [ids_of(sampler.step(n)) for n in range(9)]
+    assert [len(ids) for ids in steps] == [8] * 9
+    written = [id for ids in steps for id in ids if id.startswith('t2i')]
+    assert len(written) == 32 and {written.count(f't2i {k}') for k in range(10)} == {3, 4}
+    again = mixture(fifth_then_all, 9)                 # a step is a function of itself, as after a resume
+    assert [ids_of(again.step(n)) for n in reversed(range(9))] == steps[::-1]
+
+
+def test_two_tasks_over_the_same_media_come_in_orders_of_their_own():
+    sampler = mixture(lambda progress: {'i2t': 0.5, 't2i': 0.5}, 5)
+    orders = {'i2t': [], 't2i': []}
+    for n in range(5):
+        for id in ids_of(sampler.step(n)):
+            task, k = id.split()
+            orders[task].append(k)
+    assert len(orders['i2t']) == len(orders['t2i']) == 20 and orders['i2t'] != orders['t2i']
+
+
+def test_shares_that_change_with_every_step_are_met_over_all_of_them():
+    sampler = mixture(lambda progress: {'i2t': 1 - progress, 't2i': progress}, 400)
+    assert (sampler.counts.sum(1) == 8).all() and abs(sampler.counts[:, 1].sum() - 0.5 * 3200) < 8
+
+
+def test_writing_examples_lose_their_prompt_in_its_share_and_others_each_epoch():
+    sampler = mixture(lambda progress: {'t2i': 1.0}, 100, dropout=0.25)
+    steps = [sampler.step(n) for n in range(100)]      # five steps are four epochs of ten examples
+    bare = [[e.item.id for e in examples if not len(prompt_of(e))] for examples in steps]
+    assert abs(sum(map(len, bare)) / 800 - 0.25) < 0.05
+    assert len({tuple(sorted(sum(bare[n:n + 5], []))) for n in range(0, 100, 5)}) > 5
+    assert [e.ids.tolist() for e in sampler.step(7)] == [e.ids.tolist() for e in steps[7]]
+    reading = mixture(lambda progress: {'i2t': 1.0}, 100, dropout=1.0)
+    assert all(len(e.label_positions) == 3 and len(e) == 9 for e in reading.step(0))
+    whole = mixture(lambda progress: {'t2i': 1.0}, 100)
+    assert all(len(prompt_of(e)) for e in whole.step(0))
+
+
+def test_a_mixture_goes_through_the_loader_of_track_a():
+    sampler = mixture(fifth_then_all, 9)
+    steps = list(Loader().steps(sampler, 0, 9, micro_batch_size=3, rank=0, world_size=1))
+    for n, batches in enumerate(steps):
+        assert sum((batch.ids for batch in batches), []) == ids_of(sampler.step(n))
+        for batch in batches:
+            ranges = np.repeat([r for r, _ in batch.label_ranges], [count for _, count in batch.label_ranges])
+            first, end = GRAMMAR.bounds(ranges)
+            assert ((batch.labels >= torch.tensor(first)) & (batch.labels < torch.tensor(end))).all()

@@ -3,7 +3,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import small.world as w
+from small import score
+from small import world as w
 
 RED = w.Thing('big', 'red', 'circle', 'top left')
 BLUE = w.Thing('small', 'blue', 'square', 'bottom right')
@@ -30,7 +31,7 @@ def test_a_true_caption_has_every_attribute_right_in_every_frame():
     rng = np.random.default_rng(2)
     for _ in range(300):
         scene = w.random_scene(rng)
-        right, asked = w.score_caption(w.caption(scene, rng), scene)
+        right, asked = score.score_caption(w.caption(scene, rng), scene)
         assert right == asked >= 5
 
 
@@ -45,14 +46,14 @@ def test_a_true_caption_has_every_attribute_right_in_every_frame():
     ('', 0, 9),
 ])
 def test_the_score_of_a_caption_worked_out_by_hand(text, right, asked):
-    assert w.score_caption(text, w.Scene((RED, BLUE), 'black')) == (right, asked)
+    assert score.score_caption(text, w.Scene((RED, BLUE), 'black')) == (right, asked)
 
 
-@pytest.mark.parametrize('a, b, said', [
+@pytest.mark.parametrize('a, b, found', [
     ('top left', 'top right', 'left of'), ('bottom right', 'bottom left', 'right of'),
     ('top left', 'bottom right', 'above'), ('bottom left', 'top left', 'below')])
-def test_relations(a, b, said):
-    assert w.relation(a, b) == said
+def test_relations(a, b, found):
+    assert w.relation(a, b) == found
 
 
 def test_every_question_has_one_answer_and_it_is_true():
@@ -66,15 +67,15 @@ def test_every_question_has_one_answer_and_it_is_true():
     assert answers['Does the picture show a red circle?'] == 'A red circle? The circle is red, so yes.'
     assert answers['Does the picture show a blue circle?'] == 'A blue circle? The circle is red, so no.'
     assert answers['Does the picture show a red cross?'] == 'A red cross? There is no cross, so no.'
-    assert w.score_caption(answers['Describe everything you see.'], scene) == (9, 9)
+    assert score.score_caption(answers['Describe everything you see.'], scene) == (9, 9)
 
 
 def test_an_ambiguous_question_is_not_asked():
     twins = w.Scene((RED, RED._replace(place='top right')), 'white')
     rng = np.random.default_rng(5)
     assert w.question('colour', twins, rng) is None and w.question('where', twins, rng) is None
-    said = [w.question('yesno', twins, rng) for _ in range(50)]
-    assert None in said and not [pair for pair in said if pair and 'circle' in pair[1]]
+    found = [w.question('yesno', twins, rng) for _ in range(50)]
+    assert None in found and not [pair for pair in found if pair and 'circle' in pair[1]]
 
 
 # -----------------------------------------------------------------------------
@@ -122,7 +123,7 @@ def test_a_true_sound_caption_has_every_attribute_right_in_every_frame():
     rng = np.random.default_rng(14)
     for _ in range(200):
         sound = w.random_sound(rng)
-        assert w.score_sound_caption(w.sound_caption(sound, rng), sound) == (5, 5)
+        assert score.score_sound_caption(w.sound_caption(sound, rng), sound) == (5, 5)
 
 
 @pytest.mark.parametrize('text, right', [
@@ -130,7 +131,7 @@ def test_a_true_sound_caption_has_every_attribute_right_in_every_frame():
     ('two low or high hollow tones, rising, fading', 4),                     # both pitches: neither
     ('a followed lower tone', 0), ('', 0)])
 def test_the_score_of_a_sound_caption_worked_out_by_hand(text, right):
-    assert w.score_sound_caption(text, SOUND) == (right, 5)
+    assert score.score_sound_caption(text, SOUND) == (right, 5)
 
 
 def test_agreement_worked_out_by_hand():

@@ -1,250 +1,197 @@
 """
-A run that leaves the repository: a folder that others load, with a card that says what it is and how far it got.
+Export a run: a folder that other programs load, with a card that says what it is and what its gates found.
 
-Track B: a stock Qwen3 with the new rows and LoRA merged into it, and a tokenizer that spells every id.
-Track A: the connector, the LoRA adapter in PEFT's format, and what model.load_exported puts them together by.
+Track A  connector.safetensors, the LoRA adapter in PEFT's format, and config.json, which load_exported() reads
+Track B  a stock Qwen3 with the new rows and LoRA merged into it, and a tokenizer that spells every id
+
+`python sample.py RUN --export FOLDER` writes one. The cards are the templates card_*.md beside this file.
 """
 import json
-import string
+import re
 from pathlib import Path
 
-from safetensors.torch import save_file
-
-import gates
-import token_model as tokens
-from common import sha256_file, whole_folder
-from uti import base_name
-
-LICENCE = '''## Licence
-
-That of the base models, and of the data it was trained on, holds for this folder. Nobody has checked it for you: do so
-before you share it.
-'''
-
-GRAFT_CARD = string.Template('''---
-library_name: nanograft
-$base_model---
-# $name$failed
-
-$what, trained with nanoGraft: a connector of $connector parameters turns what a frozen vision tower sees
-into $n image tokens that a frozen language model reads. $steps
-
-| base | what it was |
-|---|---|
-| language model | `$llm` |
-| vision tower | `$vision`, layer $layer |
-
-The base models are not in this folder: `config.json` and PEFT's own say where they were. Their weights have the sha256
-`$frozen` (names, shapes and bits in $dtype), which is checked when they are loaded.
-
-## Gates
-
-$gates
-
-## Use
-
-In a checkout of nanoGraft:
-
-```python
-from model import load_exported
-
-speaker = load_exported('FOLDER')   # of this card; llm='...', vision='...': where the base models are; device='cuda'
-tokens = speaker.see('picture.png')
-$say
-```
-
-A row is written as `$template`, where {image} is `<|vision_start|>`, $n times
-`<|image_pad|>`, `<|vision_end|>`; the image tokens take the places of the pads. Markers typed in a text stay text.
-
-$licence''')
-
-TOKEN_CARD = string.Template('''---
-library_name: transformers
-$base_model---
-# $name$failed
-
-`$base` with ids for $modalities, trained with nanoGraft, $what. $steps
-Stock `transformers` loads it: the new rows$merged are part of the weights.
-
-## Gates
-
-$gates
-
-## Token space
-
-sha256 `$sha256`; `token_space.json` has all of it.
-
-| range | first id | ids |
-|---|---|---|
-$ranges
-
-$layout
-
-## Use
-
-A prompt is ids, and what follows it is said by the grammar:
-
-$tasks
-
-Markers and codes are tokens of the tokenizer, `<|image_0|>` for code 0 of a picture, so a prompt may be written as
-text. There is no template around it: no system turn, no roles.
-
-```python
-import json
-
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, LogitsProcessor
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
 
-folder = '.'                                           # of this card
-tokenizer = AutoTokenizer.from_pretrained(folder)
-model = AutoModelForCausalLM.from_pretrained(folder, dtype='auto').eval()
-space = json.load(open(f'{folder}/token_space.json'))
-ranges = {name: (first, first + size) for name, first, size in space['ranges']}
+from common import frozen_dtype, sha256_file, sha256_tensors, whole_folder
+from gates import read_verdict
+from inference import VisionChat
+from model import load_tokenizer, load_vlm
+from token_model import export_stock
+from uti import base_name, tokenizer_sha256
 
+# an example of Track A as text; a test compares it with the trained ids
+TEMPLATES = {
+    'a1': '{image}\n{caption}<|im_end|>',
+    'a2': '<|im_start|>user\n{image}\n{question}<|im_end|>\n<|im_start|>assistant\n{answer}<|im_end|>\n'}
 
-class InRange(LogitsProcessor):
-    """The n-th id after the prompt comes from the range names[n]; from the last one when there are no more."""
-    def __init__(self, start, names):
-        self.start, self.names = start, names
-
-    def __call__(self, ids, scores):
-        first, end = ranges[self.names[min(ids.shape[1] - self.start, len(self.names) - 1)]]
-        legal = torch.full_like(scores, -torch.inf)
-        legal[:, first:end] = scores[:, first:end]
-        return legal
-
-
-def go_on(prompt, names, n, **how):
-    ids = torch.tensor([prompt], device=model.device)
-    out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=n,
-                         logits_processor=[InRange(len(prompt), names)], **how)
-    return out[0, len(prompt):].tolist()
+# -----------------------------------------------------------------------------
+# the card
 
 
-def read(codes, kind='img', max_new_tokens=64, **how):
-    """The text that describes a picture ('img') or a sound ('aud'), from its codes: ids of this token space."""
-    prompt = tokenizer.convert_tokens_to_ids([f'<|{kind}_start|>', f'<|{kind}_end|>'])
-    return tokenizer.decode(go_on([prompt[0], *codes, prompt[1]], ['text'], max_new_tokens, **how),
-                            skip_special_tokens=True).strip()
+def escaped(value):
+    """A value on one line, its letters shown by Markdown as they are: no link, no HTML, no end of a table's cell."""
+    if isinstance(value, Markup):                      # marked `| safe` in a card: our own text, inside backticks
+        return value
+    line = ' '.join(str(value).split())
+    return re.sub(r'[\\`|<]|(?<=])\(', r'\\\g<0>', line)
 
 
-def write(text, kind='img', **how):
-    """The codes of a picture or a sound of what a text says, each from the range of its place."""
-    if kind == 'img':
-        rows, columns = space['image']['grid']
-        names = ['image'] * (rows * columns)
-    else:
-        names = [f'audio_{k}' for k in range(space['audio']['codebooks'])] * space['audio']['frames']
-    prompt = tokenizer(text)['input_ids'] + [tokenizer.convert_tokens_to_ids(f'<|{kind}_start|>')]
-    return go_on(prompt, names, len(names), **how)
-```
-
-$guidance
-
-## What an engine without nanoGraft does not do
-
-- **The grammar.** $typed Restrict every step to its range, as above. Codes have exact numbers: no end is sampled.
-- **The codecs.** Codes are not pixels and not samples. Code = id - first id of its range; `token_space.json` names each
-  codec's class, settings and the sha256 of its weights. nanoGraft turns files into ids and back, and refuses another
-  codec: `UTI.of_space(TokenSpace.load('token_space.json'), '.', base model, image_codec, audio_codec)`.
-- **Guidance** as it is drawn with here: a row without a prompt runs beside each one.
-
-$licence''')
+# finalize: every value that a card names is escaped, so that no template can forget it
+CARDS = Environment(loader=FileSystemLoader(Path(__file__).parent), finalize=escaped, undefined=StrictUndefined,
+                    trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
 
 
-def verdicts(run):
-    """What the gates of a run say: in a few words, for the title of the card, and as Markdown."""
-    path = Path(run) / 'gates.json'
-    if not path.exists():
-        return 'NOT JUDGED', 'This run has not finished: nothing is known about how good it is.'
-    record = json.loads(path.read_text())
-    rows = [gates.Gate(**gate) for gate in record['gates']]
-    failed = [gate.name for gate in rows if not gate.passed] or ['no gate was measured'] * (not record['passed'])
-    said = f'This model is not what its stage wants. It failed at: {"; ".join(failed)}.' if failed else 'All passed.'
-    table = [f'| {"pass" if g.passed else "**FAIL**"} | {g.name} | {g.value:.4g} | {g.bar} |' for g in rows]
-    return f'FAILED {len(failed)} of {len(rows)} gates' if failed else f'{len(rows)} gates passed', '\n'.join(
-        [f'{said}\n', '| verdict | gate | measured | bar |', '|---|---|---|---|', *table])
+def write_card(card, folder, run, meta, **values):
+    """Write folder/README.md with the verdict of the run's gates; returns that verdict in a few words.
 
-
-def header(llm):
-    """The card's line for the hub, where the base model is one that the hub knows."""
-    return '' if Path(llm).exists() else f'base_model: {llm}\n'
-
-
-def steps(meta):
-    whole = '' if meta['step'] == meta['n_steps'] else ', which is not the whole run'
-    return f'Step {meta["step"]} of {meta["n_steps"]}{whole}.'
-
-
-def export_graft(vlm, adapter, folder, run, meta, dtype):
-    """Write a Track A run: connector.safetensors, config.json, the card, and with an adapter the files of PEFT.
-
-    dtype: of the frozen weights in the run, by its name; meta: of the run's checkpoint. Returns the verdict in a few
-    words.
+    meta: of the run's checkpoint. The base model is named for the hub when it is a name there, not a local folder.
     """
-    verdict, judged = verdicts(run)
-    stage, model = meta['stage'], meta['model']
-    template = '{image}\n{caption}<|im_end|>' if stage == 'a1' else (
-        '<|im_start|>user\n{image}\n{question}<|im_end|>\n<|im_start|>assistant\n{answer}<|im_end|>\n')
-    with whole_folder(folder) as beside:
-        if adapter is not None:
-            adapter.save_pretrained(beside, save_embedding_layers=False)
-        save_file({n: p.contiguous() for n, p in vlm.connector.state_dict().items()}, beside / 'connector.safetensors')
-        files = {path.name: sha256_file(path) for path in sorted(beside.iterdir()) if path.suffix != '.md'}
-        (beside / 'config.json').write_text(json.dumps({
-            'stage': stage, 'step': meta['step'], 'model': model, 'template': template,
-            'max_seq_len': meta['settings']['max_seq_len'], 'frozen_sha256': meta['frozen_sha256'],
-            'frozen_dtype': dtype, 'files': files}, indent=1) + '\n')
-        said = 'print(speaker.say(tokens))' if stage == 'a1' else (
-            "print(speaker.say(tokens, [('Describe this image.', None)]))   # before it: (question, answer), ...")
-        (beside / 'README.md').write_text(GRAFT_CARD.substitute(
-            base_model=header(model['llm']), name=Path(folder).name, llm=base_name(model['llm']),
-            vision=base_name(model['vision']), layer=model['tower_layer'], n=model['shape']['num_image_tokens'],
-            what='Captions pictures' if stage == 'a1' else 'Answers questions about a picture', steps=steps(meta),
-            connector=f'{sum(p.numel() for p in vlm.connector.parameters()):,}', frozen=meta['frozen_sha256'],
-            dtype=dtype, gates=judged, failed=': ' + verdict, say=said, template=template.replace('\n', '\\n'),
-            licence=LICENCE))
+    llm = meta['model']['llm']
+    path = Path(run) / 'gates.json'
+    verdicts = read_verdict(path)[0] if path.exists() else []
+    failed = [gate.name for gate in verdicts if not gate.passed]
+    if not verdicts:
+        verdict = 'NOT JUDGED'
+    elif failed:
+        verdict = f'FAILED {len(failed)} of {len(verdicts)} gates'
+    else:
+        verdict = f'{len(verdicts)} gates passed'
+    # a local folder means nothing to others, and what is no name there might be anything
+    on_hub = re.fullmatch(r'[\w.-]+/[\w.-]+', llm) and not Path(llm).exists()
+    text = CARDS.get_template(card).render(
+        gates=verdicts, failed=failed, verdict=verdict, meta=meta, hub_name=llm if on_hub else '',
+        **values)
+    (Path(folder) / 'README.md').write_text(text)
     return verdict
 
 
-def export_tokens(lm, adapter, tokenizer, folder, run, meta):
-    """Write a Track B run: a Hugging Face folder of a stock Qwen3, everything merged, with the card. `lm` is used up:
-    LoRA is merged into it, and its layers get the precision of its embedding. Returns the verdict in a few words."""
-    verdict, judged = verdicts(run)
-    space, settings = lm.space, meta['settings']
+# -----------------------------------------------------------------------------
+# what is exported is what was trained
+
+
+def require_frozen(named, sha256, where):
+    """The dtype, 'bfloat16' or 'float32', in which frozen weights that were loaded in their stored precision have this
+    sha256: the one they had in training. Exits when in neither."""
+    named = list(named)
+    for name in 'bfloat16', 'float32':
+        if sha256_tensors(named, getattr(torch, name)) == sha256:
+            return name
+    raise SystemExit(f'{where} was trained on other frozen weights than those of its base models today: restore them, '
+                     'or say where they are')
+
+
+def frozen_parameters(model):
+    """(name, parameter) of everything that does not learn, by the names that it has without LoRA."""
+    for name, p in model.named_parameters():
+        if not p.requires_grad:
+            yield name.replace('base_layer.', ''), p
+
+
+# -----------------------------------------------------------------------------
+# Track A
+
+
+def export_graft(vlm, adapter, folder, run, meta):
+    """Write a Track A run, base models in their stored precision; returns the verdict of its gates in a few words.
+
+    adapter: the peft model around vlm.llm, or None. meta: of the run's checkpoint.
+    """
+    model = meta['model']
+    template = TEMPLATES[meta['stage']]
+    trained_in = require_frozen(frozen_parameters(vlm), meta['frozen_sha256'], run)
+    with whole_folder(folder) as beside:               # becomes `folder` at the end of the block, or is gone
+        if adapter is not None:
+            # PEFT would look at the base model's folder to decide about embeddings; LoRA here never has them
+            adapter.save_pretrained(beside, save_embedding_layers=False)
+            (beside / 'README.md').unlink(missing_ok=True)   # PEFT's own card, which is empty
+        connector = {name: tensor.contiguous() for name, tensor in vlm.connector.state_dict().items()}
+        save_file(connector, beside / 'connector.safetensors')
+        # of the weights, so that load_exported() refuses damaged ones
+        files = {path.name: sha256_file(path) for path in sorted(beside.iterdir())}
+        config = {
+            'stage': meta['stage'], 'step': meta['step'], 'model': model, 'template': template,
+            'max_seq_len': meta['settings']['max_seq_len'], 'dtype': meta['settings']['dtype'],
+            'frozen_sha256': meta['frozen_sha256'], 'frozen_dtype': trained_in, 'files': files}
+        (beside / 'config.json').write_text(json.dumps(config, indent=1) + '\n')
+        n_connector = sum(tensor.numel() for tensor in vlm.connector.parameters())
+        return write_card(
+            'card_graft.md', beside, run, meta, library='nanograft', name=Path(folder).name,
+            llm=base_name(model['llm']), vision=base_name(model['vision']), template=template,
+            num_image_tokens=model['shape']['num_image_tokens'], connector=f'{n_connector:,}', frozen_dtype=trained_in)
+
+
+def load_exported(folder, llm='', vision='', device='cpu', dtype='auto'):
+    """The VisionChat of a folder that export_graft() wrote.
+
+    llm, vision: where the two base models are, if not where its config.json says. dtype: of the frozen weights,
+    'bfloat16' or 'float32'; 'auto' is what the run's settings say. Exits with one line when a file is damaged or a base
+    model is not the one that was trained with.
+    """
+    folder = Path(folder)
+    config = read_config(folder)
+    model = config['model']
+    model['llm'] = llm or model['llm']
+    model['vision'] = vision or model['vision']
+    dtype = frozen_dtype(config['dtype'] if dtype == 'auto' else dtype, torch.device(device))
+    vlm = load_vlm(**model, dtype='auto')              # as stored: the sha256 is of these bits
+    require_frozen(frozen_parameters(vlm), config['frozen_sha256'], folder)
+    for _, p in frozen_parameters(vlm):
+        p.data = p.data.to(dtype)                      # not vlm.to(dtype): rotary frequencies stay in float32
+    vlm.connector.load_state_dict(load_file(folder / 'connector.safetensors'))
+    if config['stage'] == 'a2':
+        PeftModel.from_pretrained(vlm.llm, folder)     # puts LoRA into the language model in its place
+    return VisionChat(vlm.to(device), model['llm'], model['vision'], config['max_seq_len'])
+
+
+def read_config(folder):
+    """The config.json of an exported Track A run; exits unless every file is the one that it describes."""
+    try:
+        config = json.loads((folder / 'config.json').read_text())
+        files = config['files'].items()
+        config['model']['llm']
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+        raise SystemExit(f'{folder}: no exported run of Track A here ({e}); sample.py writes one with --export')
+    for name, sha256 in files:
+        if not (folder / name).is_file() or sha256_file(folder / name) != sha256:
+            raise SystemExit(f'{folder}/{name} is not the file that config.json describes: export the run again')
+    return config
+
+
+# -----------------------------------------------------------------------------
+# Track B
+
+
+def export_token_model(model, adapter, folder, run, meta):
+    """Write a Track B run as a stock Qwen3 of Hugging Face, everything merged; returns the verdict of its gates.
+
+    model: a TokenModel on a base in its stored precision, which is used up: LoRA is merged into it, and tuned layers
+    get the precision of the base. adapter: the peft model around model.llm, or None. meta: of the run's checkpoint.
+    """
+    space = model.space
+    llm = meta['model']['llm']
+    # before the weights change: is everything here that the run was trained with?
+    tokenizer = load_tokenizer(llm)
+    if tokenizer_sha256(tokenizer) != space.base['tokenizer_sha256']:
+        raise SystemExit(f'{llm} has another tokenizer than {run} was made with: restore it')
+    require_frozen(frozen_parameters(model), meta['frozen_sha256'], run)
     if adapter is not None:
         adapter.merge_and_unload()                     # in place; W + scale B A rounds once, to the precision of W
-    lm.llm.to(lm.llm.get_input_embeddings().weight.dtype)
-    kinds = [('image', 'img', 'a picture', 't2i', 'i2t'), ('audio', 'aud', 'a sound', 't2a', 'a2t')]
-    kinds = [kind for kind in kinds if getattr(space, kind[0])]
-    layout, tasks = [], []
-    if space.image:
-        (rows, columns), size = space.image['grid'], space.image['size']
-        layout.append(f'A picture of {size} x {size} pixels is {rows * columns} codes, row by row.')
-    if space.audio:
-        rate, frames, books = (space.audio[name] for name in ('sample_rate', 'frames', 'codebooks'))
-        layout.append(f'A sound of {space.audio["samples"] / rate:g} s at {rate} Hz is {frames} frames of {books} '
-                      'codes, one from each of audio_0, audio_1, ...')
-    for _, short, what, write, read in kinds:
-        tasks.append(f'- {read}, describe {what}: after `<|{short}_start|>` codes `<|{short}_end|>` come text and '
-                     '`<|im_end|>`')
-        tasks.append(f'- {write}, make {what}: after text `<|{short}_start|>` come codes, in exact number')
-    guide = settings['guidance'] if meta['stage'] == 'b3' else settings['guidance'][0]
-    guidance = (f'It draws and sounds here at temperature {settings["temperature"]:g} and guidance {guide:g}; without '
-                '`do_sample=True, temperature=...` the above is greedy.')
-    typed = ('It was trained with a loss over the legal range alone, so nothing keeps it from other ranges where they '
-             'are not shut off.' if lm.typed_head else
-             'It was trained over every id and mostly stays in its range by itself, but nothing makes it.')
+    # after merging: tuned layers are masters in float32, and the base may be stored in bfloat16
+    model.llm.to(model.llm.get_input_embeddings().weight.dtype)
+    modalities = [name for name, there in (('pictures', space.image), ('sounds', space.audio)) if there]
     with whole_folder(folder) as beside:
-        tokens.export(lm, tokenizer, beside)
-        (beside / 'README.md').write_text(TOKEN_CARD.substitute(
-            base_model=header(meta['model']['llm']), name=Path(folder).name, base=space.base['name'],
-            modalities=' and '.join({'image': 'pictures', 'audio': 'sounds'}[kind[0]] for kind in kinds),
-            what='stage B3: new rows on a language model that is as it was' if meta['stage'] == 'b3' else
-            'stage B4: new rows and ' + ('layers tuned whole' if settings['full_tune'] else 'LoRA on the layers'),
-            merged='' if adapter is None else ' and LoRA', steps=steps(meta),
-            gates=judged, failed=': ' + verdict, sha256=space.sha256,
-            ranges='\n'.join(f'| {r.name} | {r.first:,} | {r.size:,} |' for r in space.ranges),
-            layout=' '.join(layout), tasks='\n'.join(tasks), licence=LICENCE, typed=typed,
-            guidance=guidance))
-    return verdict
+        export_stock(model, tokenizer, beside)
+        return write_card(
+            'card_token_model.md', beside, run, meta, library='transformers', name=Path(folder).name, space=space,
+            modalities=modalities, lora=adapter is not None, typed_head=model.typed_head,
+            guidance=usual_guidance(meta))
+
+
+def usual_guidance(meta):
+    """The guidance that a Track B run generates with; a B4 run tries several and is judged by the first."""
+    guidance = meta['settings']['guidance']
+    return guidance if meta['stage'] == 'b3' else guidance[0]

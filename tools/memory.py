@@ -5,13 +5,12 @@ reads   nothing for the base models it knows (KNOWN); of another one its config
 writes  the parts and their sum, in GiB; with --table_only=True the table of docs/bigger.md
 done    at once
 
-$ python -m tools.memory --stage=a1 --llm=Qwen/Qwen3-8B --batch_size=8
-$ python -m tools.memory --stage=b4 --llm=Qwen/Qwen3-0.6B --batch_size=8 --row_tokens=1100 --labels=20 --codes=1001
+$ python -m tools.memory --stage=a1 --llm=Qwen/Qwen3-8B --micro_batch_size=8
+$ python -m tools.memory --stage=b4 --llm=Qwen/Qwen3-0.6B --micro_batch_size=8 --example_tokens=1100 --codes=1001
 $ python -m tools.memory --table_only=True
-
-Letters: d LLM width, i width inside its MLP, q and k widths of all its queries and of all its keys, n learned numbers,
-e bytes of a number in the precision of the frozen weights.
 """
+from dataclasses import dataclass, field
+
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
@@ -30,9 +29,176 @@ KNOWN = {                                              # as published; the text 
     'google/siglip2-so400m-patch14-384': {
         'hidden_size': 1152, 'intermediate_size': 4304, 'num_hidden_layers': 27, 'num_attention_heads': 16,
         'image_size': 384, 'patch_size': 14}}
-LORA = r'model\.layers\.\d+\.(self_attn\.(q|k|v|o)_proj|mlp\.(gate|up|down)_proj)'
-CHUNK = 2048                                           # labels whose logits exist at a time: label_losses
+LORA_TARGETS = r'model\.layers\.\d+\.(self_attn\.(q|k|v|o)_proj|mlp\.(gate|up|down)_proj)'
+CHUNK = 2048                                           # labels whose logits exist at a time: label_losses in model.py
+FLOAT = 4                                              # bytes of a number in float32
 GIB = 2 ** 30
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one GPU works on at a time."""
+    micro_batch_size: int = 16
+    example_tokens: int = 128      # of one example, image tokens included
+    labels: int = 40               # of these, text to predict
+    codes: int = 0                 # of these, codes to predict
+    code_range: int = 0            # ids of the range that a code is one of
+    half: bool = True              # frozen weights in bfloat16, else in float32
+    cuda: bool = True              # dropout keeps a byte per number there, and four on a CPU
+    ranks: int = 1                 # GPUs in all
+
+
+@dataclass(frozen=True)
+class Trained:
+    """The settings of what learns."""
+    connector: dict = field(default_factory=dict)      # Track A: arguments of Connector that are not its defaults
+    new_rows: int = 0              # Track B: new ids of the token space
+    lora_r: int = 16               # A2, and B4 without full_tune
+    lora_dropout: float = 0.05
+    full_tune: bool = False        # B4
+
+
+def memory_needed(stage, llm, tower, step, trained):
+    """Bytes on one GPU, {part: bytes}; 'peak' is their largest sum. Everything is counted on the meta device.
+
+    stage: a1, a2, b3 or b4. llm, tower: configs of the base models, tower None for Track B. step: a Step. trained: a
+    Trained.
+
+    Kept for the backward pass: attention is fused (no T x T matrix), examples are of like length (the micro-batch's
+    are), and of a frozen layer only what its own backward needs, no inputs of its matrices.
+    """
+    parts = build(stage, llm, tower, trained)
+    parameters = list(nn.ModuleDict(parts).parameters())
+    learned = [p.numel() for p in parameters if p.requires_grad]
+    n_learned = sum(learned)
+    n_frozen = sum(p.numel() for p in parameters) - n_learned
+    number = 2 if step.half else FLOAT                 # bytes of a number in the precision of the frozen weights
+
+    activations = step.micro_batch_size * step.example_tokens * token_bytes(stage, llm, step, trained, number)
+    if 'connector' in parts:
+        activations += step.micro_batch_size * connector_bytes(parts['connector'], tower, llm, number)
+    if step.half:                                      # casts of what is multiplied by, which input rows are not
+        n_cast = n_learned if 'connector' in parts else n_learned - parts['new_rows'][0].numel()
+        activations += number * n_cast
+    logits = logits_at_once(llm, step)
+
+    need = {'frozen': number * n_frozen, 'trained': FLOAT * n_learned, 'gradients': FLOAT * n_learned,
+            'optimizer': 2 * FLOAT * n_learned,        # the two moments of AdamW
+            'activations': activations,
+            'logits': FLOAT * sum(logits)}             # log probabilities
+    always = need['frozen'] + need['trained'] + need['gradients'] + need['optimizer']
+    # a backward pass: gradients of one range's logits at a time, in float32 and, where half, again in bfloat16
+    of_logits = max(logits, default=0) * (FLOAT + 2 if step.half else FLOAT)
+    backward = activations + need['logits'] + of_logits + FLOAT * max(learned)
+    # the end of a step: gradient norms in float64, one matrix at a time; the message between ranks
+    end = max(16 * max(learned), FLOAT * n_learned if step.ranks > 1 else 0)
+    return {**need, 'peak': always + max(backward, end)}
+
+
+def build(stage, llm, tower, trained):
+    """{part: module} of a stage on the meta device; what learns has requires_grad."""
+    with torch.device('meta'):
+        model = Qwen3ForCausalLM(llm).requires_grad_(False)
+        parts = {'llm': model}
+        if stage in ('a1', 'a2'):
+            parts['tower'] = Tower(SiglipVisionModel(tower))
+            parts['connector'] = Connector(tower.hidden_size, parts['tower'].side, llm.hidden_size, **trained.connector)
+        else:
+            new_in, new_out = (nn.Parameter(torch.empty(trained.new_rows, llm.hidden_size)) for _ in range(2))
+            parts['new_rows'] = nn.ParameterList([new_in, new_out])
+        if has_lora(stage, trained):
+            get_peft_model(model, LoraConfig(r=trained.lora_r, target_modules=LORA_TARGETS))
+        if trained.full_tune:
+            model.model.layers.requires_grad_(True)
+            model.model.norm.requires_grad_(True)
+    return parts
+
+
+def has_lora(stage, trained):
+    return stage == 'a2' or (stage == 'b4' and not trained.full_tune)
+
+
+def token_bytes(stage, llm, step, trained, number):
+    """Bytes that the language model keeps of one token: all its layers and the last norm."""
+    width = llm.hidden_size
+    inside = llm.intermediate_size                     # of the MLP
+    queries = llm.num_attention_heads * llm.head_dim
+    keys = llm.num_key_value_heads * llm.head_dim
+    layer = FLOAT * (2 * width + queries + keys)       # what is normed: twice the stream, queries, keys
+    layer += number * (2 * queries + 2 * keys)         # attention: queries, its output, keys, values
+    layer += number * 3 * inside                       # MLP: gate, up, their product
+    inputs = 5 * width + queries + inside              # of its seven matrices, each in a cast or a dropout of its own
+    if has_lora(stage, trained):
+        dropped = 0
+        if trained.lora_dropout > 0:
+            dropped = 1 if step.cuda else FLOAT        # bytes of a number in the mask
+        layer += inputs * (number + dropped) + 7 * trained.lora_r * number
+    if trained.full_tune:
+        layer += number * (inputs + 2 * width + queries + keys)
+    return llm.num_hidden_layers * layer + FLOAT * width
+
+
+def connector_bytes(connector, tower, llm, number):
+    """Bytes that the connector keeps of one image."""
+    n_tokens, width = connector.latents.shape
+    n_patches = connector.positions.shape[0]
+    has_norm = isinstance(connector.vision_ln, nn.LayerNorm)
+    patches = n_patches * (number * tower.hidden_size + FLOAT * width)
+    if has_norm:
+        patches += n_patches * FLOAT * tower.hidden_size
+    attended = 3 * number * (n_patches + n_tokens)     # keys, values and what they are made from
+    block = width * (attended + n_tokens * (2 * FLOAT + 12 * number))
+    projector = n_tokens * (width * (FLOAT + number) + 8 * llm.hidden_size * number)
+    return patches + len(connector.blocks) * block + projector
+
+
+def logits_at_once(llm, step):
+    """[numbers]: the logits that exist at a time over the text rows, and over the range of a code."""
+    found = []
+    for n_labels, n_ids in (step.labels, llm.vocab_size), (step.codes, step.code_range):
+        if n_labels:
+            found.append(min(step.micro_batch_size * n_labels, CHUNK) * n_ids)
+    return found
+
+
+# -----------------------------------------------------------------------------
+# the table of docs/bigger.md
+
+SMALL = 'Qwen3-0.6B'
+LARGE = 'Qwen3-8B'
+LORA_64 = Trained(new_rows=32_772, lora_r=64)
+FULL_TUNE = Trained(new_rows=32_772, full_tune=True)
+
+
+def a1_step(micro_batch_size, ranks=1):
+    return Step(micro_batch_size, ranks=ranks)
+
+
+def a2_step(micro_batch_size, ranks=1):
+    return Step(micro_batch_size, example_tokens=1024, labels=400, ranks=ranks)
+
+
+def b_step(micro_batch_size, ranks=1):
+    return Step(micro_batch_size, example_tokens=1100, labels=20, codes=1001, code_range=16_384, ranks=ranks)
+
+
+PLAN = [                                               # GPU, stage, base, step, what learns
+    ('24 GiB', 'a1', SMALL, a1_step(32), Trained()),
+    ('24 GiB', 'a2', SMALL, a2_step(4), Trained()),
+    ('24 GiB', 'b3', SMALL, b_step(8), LORA_64),
+    ('24 GiB', 'b4', SMALL, b_step(4), LORA_64),
+    ('24 GiB', 'a1', LARGE, a1_step(4), Trained()),
+    ('24 GiB', 'a2', LARGE, a2_step(1), Trained()),
+    ('139 GiB', 'a1', LARGE, a1_step(64), Trained()),
+    ('139 GiB', 'a2', LARGE, a2_step(8), Trained()),
+    ('139 GiB', 'b3', LARGE, b_step(16), LORA_64),
+    ('139 GiB', 'b4', LARGE, b_step(8), LORA_64),
+    ('139 GiB', 'b4, full_tune', SMALL, b_step(16), FULL_TUNE),
+    ('8 x 139 GiB', 'a1', LARGE, a1_step(32, ranks=8), Trained()),
+    ('8 x 139 GiB', 'a2', LARGE, a2_step(8, ranks=8), Trained()),
+    ('8 x 139 GiB', 'b3', LARGE, b_step(16, ranks=8), LORA_64),
+    ('8 x 139 GiB', 'b4', LARGE, b_step(8, ranks=8), LORA_64),
+    ('8 x 139 GiB', 'b4, full_tune', LARGE, b_step(1, ranks=8), FULL_TUNE)]
 
 
 def known_config(name, cls):
@@ -40,114 +206,31 @@ def known_config(name, cls):
     if name in KNOWN:
         return cls(**KNOWN[name])
     found = load_config(name)
-    found = getattr(found, 'vision_config', found) if cls is SiglipVisionConfig else found
+    if cls is SiglipVisionConfig:
+        found = getattr(found, 'vision_config', found)
     if not isinstance(found, cls):
         raise SystemExit(f'{name}: model_type is {found.model_type!r}, wanted that of a {cls.__name__}')
     return found
-
-
-def count(parameters):
-    return sum(p.numel() for p in parameters)
-
-
-def memory_needed(stage, llm, tower=None, batch_size=16, row_tokens=128, labels=40, codes=0, code_range=0, new_rows=0,
-                  num_image_tokens=64, width=512, depth=2, heads=8, vision_ln=False, tower_layer=-1, lora_r=16,
-                  lora_dropout=0.05, full_tune=False, ranks=1, half=True, cuda=True):
-    """Bytes on one GPU, {part: bytes}; 'peak' is their largest sum. Everything is counted on the meta device.
-
-    stage: a1, a2, b3 or b4. llm, tower: configs of the base models, tower for Track A. Each of batch_size rows has
-    row_tokens tokens, of which `labels` are text to predict and `codes` are codes to predict, from a range of
-    code_range ids. half: frozen weights in bfloat16, else all in float32. cuda: dropout keeps a byte a number there,
-    and four on a CPU.
-
-    Kept for the backward pass: attention is fused (no T x T matrix), rows are of like length (the micro-batch's are),
-    and of a frozen layer only what its own backward needs, no inputs of its matrices.
-    """
-    e, tokens, grafted = 2 if half else 4, batch_size * row_tokens, stage in ('a1', 'a2')
-    lora = stage == 'a2' or stage == 'b4' and not full_tune
-    with torch.device('meta'):
-        model = Qwen3ForCausalLM(llm).requires_grad_(False)
-        parts = {'llm': model}
-        if grafted:
-            parts['tower'] = Tower(SiglipVisionModel(tower), tower_layer)
-            parts['connector'] = Connector(tower.hidden_size, parts['tower'].side, llm.hidden_size, num_image_tokens,
-                                           width, depth, heads, vision_ln)
-        else:
-            parts['rows'] = nn.ParameterList(nn.Parameter(torch.empty(new_rows, llm.hidden_size)) for _ in range(2))
-        if lora:
-            get_peft_model(model, LoraConfig(r=lora_r, target_modules=LORA))
-        if full_tune:
-            model.model.layers.requires_grad_(True), model.model.norm.requires_grad_(True)
-    every = [p for part in parts.values() for p in part.parameters()]
-    learned = [p for p in every if p.requires_grad]
-    n, largest = count(learned), max(p.numel() for p in learned)
-
-    # the language model, a layer and a token
-    d, i, q = llm.hidden_size, llm.intermediate_size, llm.num_attention_heads * llm.head_dim
-    k = llm.num_key_value_heads * llm.head_dim
-    layer = 4 * (2 * d + q + k) + e * (2 * q + 2 * k + 3 * i)          # what is normed; q, k, v, out; gate, up, product
-    inputs = 5 * d + q + i                             # of its seven matrices, each in a cast or a dropout of its own
-    if lora:
-        layer += inputs * (e + (1 if cuda else 4) * (lora_dropout > 0)) + 7 * lora_r * e
-    if full_tune:
-        layer += e * (inputs + 2 * d + q + k)
-    activations = tokens * (llm.num_hidden_layers * layer + 4 * d)     # and the last norm
-    if grafted:
-        patches, seen = parts['tower'].side ** 2, parts['tower'].side ** 2 + num_image_tokens
-        one = patches * (e * tower.hidden_size + 4 * width + 4 * vision_ln * tower.hidden_size)
-        one += depth * width * (3 * e * seen + num_image_tokens * (8 + 12 * e))
-        activations += batch_size * (one + num_image_tokens * (width * (4 + e) + 8 * llm.hidden_size * e))
-    if half:
-        activations += 2 * (n - (parts['rows'][0].numel() if not grafted else 0))   # casts of what is multiplied by
-    at_once = [(min(m, CHUNK), size) for m, size in (
-        (batch_size * labels, llm.vocab_size), (batch_size * codes, code_range)) if m]
-    logits = 4 * sum(m * size for m, size in at_once)                  # log probabilities in float32
-
-    need = {'frozen': e * (count(every) - n), 'trained': 4 * n, 'gradients': 4 * n, 'optimizer': 8 * n,
-            'activations': activations, 'logits': logits}
-    backward = max((m * size for m, size in at_once), default=0) * (4 + 2 * half) + 4 * largest   # one range at a time
-    after = max(16 * largest, 4 * n * (ranks > 1))     # the norm in float64, one matrix at a time; the ranks' message
-    still = sum(need[part] for part in ('frozen', 'trained', 'gradients', 'optimizer'))
-    return {**need, 'peak': still + max(activations + logits + backward, after)}
 
 
 def gib(size):
     return f'{size / GIB:.1f}'
 
 
-A2 = {'row_tokens': 1024, 'labels': 400}
-B = {'row_tokens': 1100, 'labels': 20, 'codes': 1001, 'code_range': 16_384, 'new_rows': 32_772, 'lora_r': 64}
-PLAN = [                                               # the table of docs/bigger.md: machine, stage, base, how
-    ('24 GiB', 'a1', 'Qwen3-0.6B', {'batch_size': 32}),
-    ('24 GiB', 'a2', 'Qwen3-0.6B', {'batch_size': 4, **A2}),
-    ('24 GiB', 'b3', 'Qwen3-0.6B', {'batch_size': 8, **B}),
-    ('24 GiB', 'b4', 'Qwen3-0.6B', {'batch_size': 4, **B}),
-    ('24 GiB', 'a1', 'Qwen3-8B', {'batch_size': 4}),
-    ('24 GiB', 'a2', 'Qwen3-8B', {'batch_size': 1, **A2}),
-    ('139 GiB', 'a1', 'Qwen3-8B', {'batch_size': 64}),
-    ('139 GiB', 'a2', 'Qwen3-8B', {'batch_size': 8, **A2}),
-    ('139 GiB', 'b3', 'Qwen3-8B', {'batch_size': 16, **B}),
-    ('139 GiB', 'b4', 'Qwen3-8B', {'batch_size': 8, **B}),
-    ('139 GiB', 'b4, full_tune', 'Qwen3-0.6B', {'batch_size': 16, **B, 'full_tune': True}),
-    ('8 x 139 GiB', 'a1', 'Qwen3-8B', {'batch_size': 32, 'ranks': 8}),
-    ('8 x 139 GiB', 'a2', 'Qwen3-8B', {'batch_size': 8, **A2, 'ranks': 8}),
-    ('8 x 139 GiB', 'b3', 'Qwen3-8B', {'batch_size': 16, **B, 'ranks': 8}),
-    ('8 x 139 GiB', 'b4', 'Qwen3-8B', {'batch_size': 8, **B, 'ranks': 8}),
-    ('8 x 139 GiB', 'b4, full_tune', 'Qwen3-8B', {'batch_size': 1, **B, 'full_tune': True, 'ranks': 8})]
-
-
 def table():
     """PLAN in Markdown, GiB on one GPU."""
-    lines = ['| GPU | stage | base | batch_size x tokens | frozen | learned | for backward | **peak** | |',
+    lines = ['| GPU | stage | base | micro_batch_size x tokens | frozen | learned | for backward | **peak** | |',
              '|---|---|---|---|---|---|---|---|---|']
     tower = known_config('google/siglip2-so400m-patch14-384', SiglipVisionConfig)
-    for gpu, stage, base, how in PLAN:
-        need = memory_needed(stage[:2], known_config(f'Qwen/{base}', Qwen3Config), tower, **how)
+    for gpu, stage, base, step, trained in PLAN:
+        need = memory_needed(stage[:2], known_config(f'Qwen/{base}', Qwen3Config), tower, step, trained)
         learned = need['trained'] + need['gradients'] + need['optimizer']
-        fits = need['peak'] * 1.1 + GIB <= float(gpu.split()[-2]) * GIB
-        lines.append(f'| {gpu} | {stage} | {base} | {how["batch_size"]} x {how.get("row_tokens", 128)} | '
-                     f'{gib(need["frozen"])} | {gib(learned)} | {gib(need["activations"] + need["logits"])} | '
-                     f'**{gib(need["peak"])}** | {"fits" if fits else "**too large**"} |')
+        backward = need['activations'] + need['logits']
+        has = float(gpu.split()[-2]) * GIB
+        fits = need['peak'] * 1.1 + GIB <= has         # a tenth for the allocator, a GiB for CUDA itself
+        lines.append(f'| {gpu} | {stage} | {base} | {step.micro_batch_size} x {step.example_tokens} | '
+                     f'{gib(need["frozen"])} | {gib(learned)} | {gib(backward)} | **{gib(need["peak"])}** | '
+                     f'{"fits" if fits else "**too large**"} |')
     return '\n'.join(lines)
 
 
@@ -157,8 +240,8 @@ if __name__ == '__main__':
     stage = 'a1'                   # a1, a2, b3 or b4
     llm = 'Qwen/Qwen3-8B'          # a Hugging Face name or folder; its config is all that is read
     vision = 'google/siglip2-so400m-patch14-384'   # Track A
-    batch_size = 8                 # rows of a micro-batch on one GPU
-    row_tokens = 128               # tokens of a row, image tokens included; the longest rows come in one micro-batch
+    micro_batch_size = 8           # examples of a micro-batch on one GPU
+    example_tokens = 128           # tokens of an example, image tokens included: that of the longest ones
     labels = 40                    # of these, text to predict
     codes = 0                      # of these, codes to predict (Track B)
     code_range = 16_384            # ids of the range that a code is one of
@@ -170,12 +253,15 @@ if __name__ == '__main__':
     table_only = False
     config = configure(globals())
     # -----------------------------------------------------------------------------
-    if stage not in ('a1', 'a2', 'b3', 'b4') or full_tune and stage != 'b4':
-        raise SystemExit(f'stage = {stage!r}, full_tune = {full_tune}: wanted a1, a2, b3 or b4, and full_tune with b4')
+    if stage not in ('a1', 'a2', 'b3', 'b4'):
+        raise SystemExit(f'stage = {stage!r}: wanted a1, a2, b3 or b4')
+    if full_tune and stage != 'b4':
+        raise SystemExit(f'full_tune = True with stage = {stage!r}: only b4 has it')
     if table_only:
         print(table())
-    else:
-        tower = known_config(vision, SiglipVisionConfig) if stage[0] == 'a' else None
-        how = {k: v for k, v in config.items() if k not in ('stage', 'llm', 'vision', 'table_only')}
-        for part, size in memory_needed(stage, known_config(llm, Qwen3Config), tower, **how).items():
-            print(f'{part:<12} {gib(size):>8} GiB')
+        raise SystemExit(0)
+    tower = known_config(vision, SiglipVisionConfig) if stage in ('a1', 'a2') else None
+    step = Step(micro_batch_size, example_tokens, labels, codes=codes, code_range=code_range, ranks=ranks)
+    trained = Trained({'num_image_tokens': num_image_tokens}, new_rows, lora_r=lora_r, full_tune=full_tune)
+    for part, size in memory_needed(stage, known_config(llm, Qwen3Config), tower, step, trained).items():
+        print(f'{part:<12} {gib(size):>8} GiB')

@@ -1,0 +1,281 @@
+"""
+A model in use: what the right image is worth to it, what it generates, its predictions for the log, a chat.
+
+Letters: B examples or prompts, T tokens of one, L of the longest, N image tokens, M labels, D width of the language
+model, V text rows, C conditions of the ablation.
+"""
+import json
+from functools import partial
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from transformers.cache_utils import DynamicCache
+
+from common import all_gather, all_sum, gather_in_order, in_parts, sha256_file, write_atomic
+from data import ChatTemplate, Item, answer_starts, length_buckets
+from media import read_image
+from model import image_settings, load_tokenizer
+
+# -----------------------------------------------------------------------------
+# the image ablation: what is the right image worth?
+
+CONDITIONS = ('correct', 'shuffled', 'zero', 'noise')
+
+
+def sum_by_example(values, batch):
+    """(M, C), C numbers for each label -> (B, C): their sums over the labels of each example."""
+    sums = values.new_zeros(len(batch.ids), values.shape[1])
+    return sums.index_add(0, batch.label_examples, values)
+
+
+def token_moments(image_tokens, width, device):
+    """Mean and deviation in each dimension, (D,) each, over this and all other ranks' image tokens, [(B, N, D)]."""
+    n = 0
+    total = torch.zeros(width, dtype=torch.float64)
+    total_square = torch.zeros(width, dtype=torch.float64)
+    for tokens in image_tokens:
+        tokens = tokens.double()
+        n += tokens.shape[0] * tokens.shape[1]
+        total += tokens.sum((0, 1)).cpu()
+        total_square += tokens.square().sum((0, 1)).cpu()
+    n = all_sum(n)
+    mean = sum(all_gather(total)) / n
+    variance = sum(all_gather(total_square)) / n - mean ** 2
+    std = variance.clamp(min=0).sqrt()                 # rounding can leave it just below zero
+    return mean.to(device), std.to(device)
+
+
+@torch.no_grad()
+def image_ablation(vlm, loader, examples, batch_size, seed, rank=0, world_size=1):
+    """The loss of each example under four images: {condition: (examples,) float64}, in nats, on every rank.
+
+    correct   its own image
+    shuffled  another example's: a derangement over the whole set, so that nobody keeps its own
+    zero      image tokens that are all zero
+    noise     Gaussian image tokens, with the mean and deviation that real ones have in each dimension
+    """
+    vlm.eval()
+    device = vlm.llm.device
+    order = np.random.default_rng(seed).permutation(len(examples))
+    partner = np.empty(len(examples), int)
+    partner[order] = np.roll(order, 1)                 # each gets the image of the one before it in the order
+
+    def tokens_of(indices):
+        images = loader.images([examples[i] for i in indices])
+        return vlm.image_tokens(images.to(device))                                              # (B, N, D)
+
+    # the real tokens first: noise needs the moments of all of them, over every rank
+    parts = in_parts(range(rank, len(examples), world_size), batch_size)
+    correct_tokens = [tokens_of(part) for part in parts]
+    mean, std = token_moments(correct_tokens, vlm.llm.config.hidden_size, device)
+
+    losses = []                                        # of this rank's examples, one number for each condition
+    for part, correct in zip(parts, correct_tokens):
+        # seeded by the example: the same noise for any batch size and number of ranks
+        draws = [torch.randn(correct.shape[1:], generator=torch.Generator().manual_seed(i)) for i in part]
+        tokens = {'correct': correct,
+                  'shuffled': tokens_of(partner[list(part)]),
+                  'zero': torch.zeros_like(correct),
+                  'noise': (mean + std * torch.stack(draws).to(device)).to(correct.dtype)}
+        batch = loader.collate([examples[i] for i in part]).to(device)
+        by_label = [vlm.nll(batch, tokens[condition]).double() for condition in CONDITIONS]     # four times (M,)
+        losses.extend(sum_by_example(torch.stack(by_label, dim=1), batch).tolist())
+    vlm.train()
+    table = np.array(gather_in_order(losses)).reshape(-1, len(CONDITIONS))                      # (examples, 4)
+    return dict(zip(CONDITIONS, table.T))
+
+
+def ablation_means(losses, counts, bucket_edges):
+    """What the log keeps of an ablation. losses: of image_ablation; counts: (examples,), labels of each.
+
+    The mean loss per label in nats under each condition and, with the right image, in each length bucket;
+    win_<condition>: the share of examples on which the right image has a lower loss than that one.
+    """
+    correct = losses['correct']
+    means = {condition: float(loss.sum() / counts.sum()) for condition, loss in losses.items()}
+    for bucket, members in length_buckets(counts, bucket_edges).items():
+        means[bucket] = float(correct[members].sum() / counts[members].sum())
+    for condition in CONDITIONS[1:]:
+        means[f'win_{condition}'] = float((losses[condition] > correct).mean())
+    return means
+
+
+# -----------------------------------------------------------------------------
+# generation from embeddings
+
+
+def pick(logits, temperature, top_p, generators, top_k=0):
+    """The next id of each of B examples, (B,), from logits (B, V).
+
+    temperature 0 is greedy; generators: one for each example, so that it draws the same whoever else is in the batch;
+    top_k: draw among the k likeliest ids, 0 for among all.
+    """
+    if temperature == 0:
+        return logits.argmax(-1)
+    ordered, order = (logits.float() / temperature).sort(dim=-1, descending=True, stable=True)  # (B, V) each
+    if top_k:
+        ordered = ordered[:, :top_k]
+    probabilities = torch.softmax(ordered, dim=-1)
+    before = probabilities.cumsum(-1) - probabilities  # what the likelier ids have together
+    probabilities = probabilities.masked_fill(before >= top_p, 0)   # keeps the smallest set that reaches top_p
+    draws = []
+    for row, generator in zip(probabilities.cpu(), generators):
+        draws.append(torch.multinomial(row, 1, generator=generator))
+    drawn = torch.stack(draws).to(order.device)                                                 # (B, 1)
+    return order.gather(1, drawn)[:, 0]
+
+
+def seeded_generators(seeds, n):
+    """n torch generators; with seeds = None those of seeds 0, 1, ..."""
+    return [torch.Generator().manual_seed(seed) for seed in seeds or range(n)]
+
+
+class Continuation:
+    """Prompts of any lengths, [(T_i, D)] embeddings, that go on together, one token at a time, from a cache.
+
+    They are padded on the left, so that every next token has the same index; the mask hides the pads, and positions
+    count from each prompt's own start.
+    """
+    def __init__(self, llm, prompts):
+        self.llm = llm
+        self.cache = DynamicCache(config=llm.config)
+        lengths = torch.tensor([len(prompt) for prompt in prompts], device=prompts[0].device)
+        longest = max(len(prompt) for prompt in prompts)
+        padded = [F.pad(prompt, (0, 0, longest - len(prompt), 0)) for prompt in prompts]
+        self.embeds = torch.stack(padded)                                                       # (B, L, D)
+        columns = torch.arange(longest, device=lengths.device)
+        self.mask = (columns >= longest - lengths[:, None]).long()                              # (B, L)
+        self.positions = (self.mask.cumsum(-1) - 1).clamp(min=0)                                # (B, L)
+
+    def hidden(self):
+        """The state that the next token is predicted from, (B, D)."""
+        # the first four by position: between transformers 5.20 and 5.24 the fourth got another name
+        return self.llm.model(None, self.mask, self.positions, self.cache,
+                              inputs_embeds=self.embeds, use_cache=True).last_hidden_state[:, -1]
+
+    def append(self, embeds):
+        """Go on with these tokens, (B, D)."""
+        self.embeds = embeds[:, None]
+        self.mask = torch.cat([self.mask, self.mask.new_ones(len(embeds), 1)], dim=1)
+        self.positions = self.positions[:, -1:] + 1
+
+
+@torch.no_grad()
+def generate(llm, prompts, max_new_tokens, stop_ids, temperature=0.0, top_p=1.0, seeds=None):
+    """Continue prompts given as embeddings, [(T_i, D)]. Returns lists of ids, without the stop id.
+
+    What a prompt is continued with does not depend on the others. seeds: one for each prompt, when sampling.
+    """
+    generators = seeded_generators(seeds, len(prompts))
+    continuation = Continuation(llm, prompts)
+    outputs = [[] for _ in prompts]
+    unfinished = set(range(len(prompts)))
+    for _ in range(max_new_tokens):
+        logits = llm.lm_head(continuation.hidden())                                             # (B, V)
+        ids = pick(logits, temperature, top_p=top_p, generators=generators)                     # (B,)
+        for n, token in enumerate(ids.tolist()):
+            if n not in unfinished:                    # its row of the batch runs on to the end, unused
+                continue
+            if token in stop_ids:
+                unfinished.remove(n)
+            else:
+                outputs[n].append(token)
+        if not unfinished:
+            break
+        continuation.append(llm.get_input_embeddings()(ids))
+    return outputs
+
+
+@torch.no_grad()
+def complete_examples(vlm, loader, prompts, batch_size, max_new_tokens, stop_ids, rank=0, world_size=1):
+    """Greedy continuations, a list of ids for each prompt, on every rank.
+
+    prompts: [(example, length of its prompt in ids)]; the example's image goes in where it has one.
+    """
+    vlm.eval()
+    outputs = []
+    for part in in_parts(prompts[rank::world_size], batch_size):
+        embeds = []
+        for example, length in part:
+            image_tokens = None
+            if example.image_start >= 0:
+                image_tokens = vlm.image_tokens(loader.images([example]).to(vlm.llm.device))    # (1, N, D)
+            embeds.append(vlm.embed_prompt(example.ids[:length], example.image_start, image_tokens))
+        with vlm.precision():
+            outputs.extend(generate(vlm.llm, embeds, max_new_tokens, stop_ids=stop_ids))
+    vlm.train()
+    return gather_in_order(outputs)
+
+
+def write_predictions(path, vlm, loader, template, examples, batch_size, max_new_tokens, rank=0, world_size=1):
+    """Complete every answer of some examples, greedily, after the true answers before it; a caption is one answer to no
+    question. Rank 0 writes one JSON line for each to `path`. Returns one line of text for each example, on every rank:
+    what was predicted first, behind its question where there is one.
+    """
+    prompts = []
+    turns = []
+    for example in examples:
+        for turn, start in enumerate(answer_starts(example)):
+            prompts.append((example, start))
+            turns.append(turn)
+    outputs = complete_examples(vlm, loader, prompts, batch_size=batch_size, max_new_tokens=max_new_tokens,
+                                stop_ids=[template.end], rank=rank, world_size=world_size)
+    predictions = template.tokenizer.batch_decode(outputs, skip_special_tokens=True)
+    lines = []
+    first_replies = []
+    for (example, _), turn, prediction in zip(prompts, turns, predictions):
+        item = example.item
+        prediction = prediction.strip()
+        question, truth = item.turns[turn]
+        is_chat = question or len(item.turns) > 1      # a caption is one answer that nobody asked for
+        asked = {'turn': turn, 'question': question} if is_chat else {}
+        if turn == 0:
+            first_replies.append(f'{question} - {prediction}' if question else prediction)
+        if rank == 0:                                  # only who writes needs the hash of the file
+            lines.append(json.dumps({'id': item.id, 'image': item.image, 'image_sha256': sha256_file(item.image),
+                                     **asked, 'truth': truth, 'prediction': prediction}) + '\n')
+    if rank == 0:
+        write_atomic(path, ''.join(lines))
+    return first_replies
+
+
+# -----------------------------------------------------------------------------
+# the model in use
+
+
+class VisionChat:
+    """A trained VLM that takes an image file and gives words: `chat.reply(chat.encode_image('picture.png'))`."""
+    def __init__(self, vlm, llm, vision, max_seq_len):
+        self.vlm = vlm.eval()
+        self.tokenizer = load_tokenizer(llm)
+        self.template = ChatTemplate(self.tokenizer, len(vlm.connector.latents), max_seq_len)
+        settings = image_settings(vision)
+        self.read = partial(read_image, size=settings['size'], resample=settings['resample'])
+
+    @torch.no_grad()
+    def encode_image(self, file):
+        """Image file -> image tokens (1, N, D)."""
+        pixels = torch.from_numpy(self.read(file))[None]                                        # (1, 3, H, W)
+        return self.vlm.image_tokens(pixels.to(self.vlm.llm.device))
+
+    @torch.no_grad()
+    def reply(self, image_tokens, turns=None, max_new_tokens=128, temperature=0.0, top_p=1.0, seed=0):
+        """What the model has to say about the image tokens.
+
+        turns: [(question, answer), ..., (question, None)], for a model of stage A2; None: a caption, of stage A1.
+        Exits with one line when they do not fit into max_seq_len.
+        """
+        if turns:
+            example = self.template.chat(Item('chat', 'image', tuple(turns)))
+            ids = example.ids
+        else:
+            example = self.template.caption(Item('caption', 'image', (('', ''),)))
+            ids = example.ids[:example.label_positions[0]]   # without the empty caption's end token
+        if example.truncated:
+            raise SystemExit(f'the chat is longer than max_seq_len = {self.template.max_seq_len}: start a new one')
+        prompt = self.vlm.embed_prompt(ids, example.image_start, image_tokens)                  # (T, D)
+        with self.vlm.precision():
+            output = generate(self.vlm.llm, [prompt], max_new_tokens, stop_ids=[self.template.end],
+                              temperature=temperature, top_p=top_p, seeds=[seed])[0]
+        return self.tokenizer.decode(output, skip_special_tokens=True).strip()

@@ -1,0 +1,265 @@
+"""training.py: a run's folder, signals, log and meter, and what surrounds an update, against values by hand."""
+import json
+import math
+import os
+import signal
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from test_common import Clock, no_file_larger_than, results_on_two_ranks, refusal, save
+
+import training
+from training import (
+    Log, Meter, StopSignal, check_resumable, clip_gradients, frozen_sha256, grad_norms, measure_epoch,
+    names_with_gradient, open_run, parameter_groups, stop_if_not_finite, tensorboard_writer, write_status)
+
+# -----------------------------------------------------------------------------
+# a run
+
+
+def test_a_folder_with_a_checkpoint_is_only_gone_on_with_when_asked(tmp_path, monkeypatch):
+    monkeypatch.setattr(training, 'HELD_LOCKS', [])
+    out = tmp_path / 'run'
+    assert open_run(str(out), True, 0) == (out, False)     # nothing to resume: a new run
+    assert 'another run is writing here' in refusal(open_run, out, False, rank=0)
+    training.HELD_LOCKS.clear()
+    save(out / 'ckpt', 1)
+    assert refusal(open_run, out, False, rank=0) == (
+        f'{out} holds a checkpoint: set resume = True to go on with it, or another out_dir')
+    training.HELD_LOCKS.clear()
+    assert open_run(out, True, 0) == (out, True)
+    write_status(out, 'running', 3, 10)
+    assert json.loads((out / 'status.json').read_text()) == {'state': 'running', 'step': 3, 'n_steps': 10}
+
+
+def test_resuming_names_the_first_setting_that_differs_and_forgives_those_of_the_machine():
+    had = {'micro_batch_size': 4, 'bucket_edges': [10, 20], 'n_image': 8192, 'seed': 1, 'tensorboard': False}
+    meta = {'settings': had, 'frozen_sha256': 'a' * 64}
+    now = {**had, 'micro_batch_size': 8, 'bucket_edges': (10, 20), 'tensorboard': True}
+    assert check_resumable(meta, now, 'a' * 64, 'out/ckpt') is None
+    assert refusal(check_resumable, meta, {**now, 'n_image': 16384, 'seed': 2}, 'a' * 64, folder='out/ckpt') == (
+        'out/ckpt has n_image = 8192, this run has 16384: cannot resume')
+    assert refusal(check_resumable, meta, now, 'b' * 64, folder='out/ckpt') == (
+        'out/ckpt was trained on other frozen weights (sha256 aaaaaaaaaaaa, this run has bbbbbbbbbbbb): cannot resume')
+
+
+@pytest.fixture
+def handlers():
+    """Put the signal handlers back after a test."""
+    before = {sig: signal.getsignal(sig) for sig in (signal.SIGTERM, signal.SIGINT)}
+    yield
+    for sig, handler in before.items():
+        signal.signal(sig, handler)
+
+
+def test_a_signal_is_noted_and_a_second_ctrl_c_ends_at_once(handlers):
+    stop = StopSignal()
+    assert not stop
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert stop
+    assert refusal(stop.leave, 7) == 'SIGTERM stopped this run: saved at step 7, go on with --resume=True'
+    stop = StopSignal()
+    os.kill(os.getpid(), signal.SIGINT)
+    assert stop and stop.name == 'SIGINT'
+    with pytest.raises(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGINT)
+
+
+def stopped_on_rank_1(rank):
+    stop = StopSignal()
+    before = bool(stop)
+    if rank == 1:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return before, bool(stop), refusal(stop.leave, 7).split(':')[0]
+
+
+def test_a_signal_on_one_rank_stops_them_all():
+    assert results_on_two_ranks(stopped_on_rank_1) == [
+        (False, True, 'another rank stopped this run'), (False, True, 'SIGTERM stopped this run')]
+
+
+# -----------------------------------------------------------------------------
+# the log
+
+
+def test_the_log_of_a_resumed_run_drops_what_came_after_the_checkpoint_and_half_a_line(tmp_path):
+    path = tmp_path / 'run' / 'log.jsonl'
+    log = Log(path)
+    log.write('run', stage='a1')
+    for step in (10, 20, 30):
+        log.write('step', step=step, loss=1 / step)
+    with open(path, 'a') as f:
+        f.write('{"kind": "step", "step": 2')          # a kill came here
+    log = Log(path, resume_step=20)
+    log.write('step', step=25, loss=0.5)
+    assert [json.loads(line) for line in path.read_text().splitlines()] == [
+        {'kind': 'run', 'stage': 'a1'}, {'kind': 'step', 'step': 10, 'loss': 0.1},
+        {'kind': 'step', 'step': 20, 'loss': 0.05}, {'kind': 'step', 'step': 25, 'loss': 0.5}]
+    Log(path, active=False).write('step', step=1)      # another rank
+    assert len(path.read_text().splitlines()) == 4
+    log = Log(path)                                    # not a resume: a new log
+    assert path.read_text() == ''
+    with no_file_larger_than(0):
+        assert refusal(log.write, 'step') == f'{path}: cannot write here, is the disk full? ([Errno 27] File too large)'
+
+
+class StubWriter:
+    """SummaryWriter's face; what it hides on resume is hidden as TensorBoard does it: steps from purge_step on."""
+    shown = {}
+
+    def __init__(self, folder, purge_step=None):
+        Path(folder).mkdir(exist_ok=True)
+        for name, step in list(self.shown):
+            if purge_step is not None and step >= purge_step:
+                del self.shown[name, step]
+
+    def add_scalar(self, name, value, step):
+        assert (name, step) not in self.shown, f'{name} has two points at step {step}'
+        self.shown[name, step] = value
+
+    def flush(self):
+        pass
+
+
+def test_tensorboard_gets_the_numbers_of_steps_and_evaluations_and_none_twice_after_a_resume(tmp_path, monkeypatch):
+    monkeypatch.setattr(StubWriter, 'shown', {})
+    log = Log(tmp_path / 'log.jsonl', writer=StubWriter)
+    log.write('run', stage='a1', n_steps=30)
+    for step in (10, 20, 30):
+        log.write('step', step=step, loss=1 / step, why='words are not numbers', yes=True)
+    log.write('eval', step=20, correct=0.5)
+    assert StubWriter.shown == {('step/loss', 10): 0.1, ('step/loss', 20): 0.05, ('step/loss', 30): 1 / 30,
+                                ('eval/correct', 20): 0.5}
+    log = Log(tmp_path / 'log.jsonl', resume_step=20, writer=StubWriter)   # the checkpoint is of step 20
+    log.write('step', step=30, loss=1.0)
+    assert StubWriter.shown['step/loss', 30] == 1.0 and StubWriter.shown['step/loss', 20] == 0.05
+    Log(tmp_path / 'log.jsonl', active=False, writer=StubWriter).write('step', step=40, loss=1.0)   # another rank
+    assert ('step/loss', 40) not in StubWriter.shown
+    (tmp_path / 'tensorboard' / 'old').write_text('of a run that saved nothing')
+    Log(tmp_path / 'log.jsonl', writer=StubWriter)
+    assert not (tmp_path / 'tensorboard' / 'old').exists()
+
+
+def test_a_tensorboard_that_is_not_installed_ends_the_run_only_when_wanted(monkeypatch):
+    monkeypatch.setitem(sys.modules, 'torch.utils.tensorboard', None)      # as if: importing it raises ImportError
+    assert tensorboard_writer(False) is None
+    assert refusal(tensorboard_writer, True).startswith('tensorboard = True, but the package tensorboard is not')
+
+
+# -----------------------------------------------------------------------------
+# the meter
+
+
+def batch_of(n_tokens, *ids):
+    return SimpleNamespace(input_ids=[0] * n_tokens, ids=list(ids))
+
+
+def test_the_rates_of_a_window_are_those_of_its_steps_without_the_evaluation_between_them():
+    """Twenty steps of a second, the loader waited for in a quarter of each, around an evaluation of 100 s."""
+    clock = Clock()
+    meter = Meter(clock)
+    batches = [batch_of(30, 'a', 'b', 'c'), batch_of(10, 'd')]
+
+    def loader():
+        while True:
+            clock.now += 0.25
+            yield batches
+    batches_of_steps = loader()
+    for window in range(2):                            # the second starts from nothing
+        for step in range(20):
+            if step == 10 and window == 0:
+                meter.pause()
+                clock.now += 100
+                meter.go_on()
+            assert meter.next_of(batches_of_steps) is batches
+            clock.now += 0.75
+            meter.add(loss=1.0 if step < 10 else 4.0, n_labels=10 if step < 10 else 5, batches=batches)
+        record = meter.read(torch.device('cpu'))
+        assert record.pop('peak_memory_mb') > 0
+        # 100 labels of 1 nat and 50 of 4: by labels, not a mean of the steps' means, which is 2.5
+        assert record == {'seconds': 20.0, 'samples_per_s': 4.0, 'tokens_per_s': 40.0, 'labels_per_s': 7.5,
+                          'data_wait': 0.25, 'window_loss': 2.0}
+
+
+# -----------------------------------------------------------------------------
+# around an update
+
+
+def test_an_epoch_is_what_fits_in_its_minutes_at_the_median_time_of_a_step(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(training.time, 'perf_counter', clock)
+    p = torch.nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([p])
+
+    def forward_backward(seconds):
+        clock.now += seconds
+        p.grad = torch.ones(1)
+
+    def samples(minutes, steps, global_batch_size):
+        return measure_epoch(iter(steps), forward_backward, optimizer, minutes, global_batch_size)
+    # the first two warm up; 60 s / 0.5 s = 120 steps, by the mean 27
+    assert samples(1.0, [99, 98, 0.5, 9.0, 0.375, 0.5, 0.625], 64) == 120 * 64
+    assert samples(1.0, [0, 0, 7.0], 10) == 8 * 10     # 8.57 steps: whole ones only
+    assert samples(0.01, [0, 0, 2.0], 10) == 10        # at least one
+    assert p.grad is None and p.item() == 0            # nothing was learned or left behind
+
+
+def parameters(**gradients):
+    """Parameters of ones with these gradients, or None."""
+    found = {}
+    for name, gradient in gradients.items():
+        shape = (2,) if gradient is None else torch.tensor(gradient).shape
+        found[name] = torch.nn.Parameter(torch.ones(shape))
+        found[name].grad = None if gradient is None else torch.tensor(gradient)
+    return found
+
+
+def test_gradient_norms_are_by_group_and_clipping_scales_all_gradients_together():
+    trainable = parameters(a_1=[3.0, 0.0], a_2=[[0.0], [4.0]], b=[0.0, 12.0], c=None)
+    norms = grad_norms(trainable, {'all of a': 'a', 'b': 'b', 'c': 'c'})
+    assert norms == {'all of a': 5.0, 'b': 12.0, 'c': 0.0}
+    clip_gradients(trainable, math.hypot(*norms.values()), grad_clip=26.0)     # 13 is below it
+    assert trainable['b'].grad.tolist() == [0.0, 12.0]
+    clip_gradients(trainable, math.hypot(*norms.values()), grad_clip=6.5)
+    torch.testing.assert_close(trainable['a_1'].grad, torch.tensor([1.5, 0.0]))
+    torch.testing.assert_close(trainable['b'].grad, torch.tensor([0.0, 6.0]))
+    assert trainable['c'].grad is None
+
+
+def test_a_norm_is_summed_in_float64():
+    big = parameters(w=[3e25, 4e25])                   # their squares are beyond float32
+    assert grad_norms(big, {'w': 'w'})['w'] == pytest.approx(5e25)
+
+
+@pytest.mark.parametrize('loss, grad_norm', [(math.nan, 1.0), (1.0, math.inf), (math.inf, -math.inf)])
+def test_a_step_that_is_not_finite_ends_the_run_and_names_its_samples(loss, grad_norm):
+    batches = [batch_of(1, 'a', 'b'), batch_of(1, 'c')]
+    assert stop_if_not_finite(3, 1.0, 1.0, batches=batches) is None
+    assert refusal(stop_if_not_finite, 3, loss, grad_norm, batches=batches) == (
+        f'step 3: loss {loss}, gradient norm {grad_norm}; stopped before the update, the last checkpoint is good. '
+        'The samples of this step: a, b, c ... (3)')
+
+
+def test_a_gradient_of_zeros_does_not_count_as_one():
+    trainable = parameters(zero=[0.0, 0.0], none=None, some=[0.0, 1.0], known=[1.0])
+    assert names_with_gradient(trainable, {'known'}) == {'some'}
+
+
+def test_matrices_decay_vectors_do_not_and_each_prefix_has_its_peak():
+    trainable = {name: torch.nn.Parameter(torch.ones(shape)) for name, shape in {
+        'connector.w': (2, 2), 'connector.b': (2,), 'llm.lora': (2, 1)}.items()}
+    groups = parameter_groups(trainable, {'connector.': 0.1, 'llm.': 0.2}, weight_decay=0.01)
+    assert [(group['weight_decay'], group['peak']) for group in groups] == [(0.01, 0.1), (0.0, 0.1), (0.01, 0.2)]
+    assert [[p.shape for p in group['params']] for group in groups] == [[(2, 2)], [(2,)], [(2, 1)]]
+
+
+def test_the_hash_of_what_is_frozen_ignores_what_learns_and_the_name_that_lora_gives():
+    def model(**values):
+        parameters = {name.replace('__', '.'): torch.full((2,), value) for name, value in values.items()}
+        return SimpleNamespace(named_parameters=parameters.items)
+    frozen = frozen_sha256(model(q__weight=1.0), set())
+    assert frozen == frozen_sha256(model(q__base_layer__weight=1.0, lora=5.0), {'lora'})
+    assert frozen != frozen_sha256(model(q__base_layer__weight=2.0, lora=5.0), {'lora'})

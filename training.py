@@ -1,0 +1,274 @@
+"""
+What the training scripts share: a run's folder and status, going on with it, stopping it, its log and meter, and what
+surrounds an update. What a reader comes to edit (loss, schedule, mixture, the loop itself) stands in the scripts.
+"""
+import json
+import math
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from common import (
+    all_gather, all_sum, barrier, has_checkpoint, lock_run, one_line_io_errors, peak_memory_mb, sha256_tensors,
+    write_atomic)
+
+# -----------------------------------------------------------------------------
+# a run: its folder, its status, going on with it, stopping it
+
+HELD_LOCKS = []                                        # a lock that nobody refers to is given up
+
+
+def open_run(out_dir, resume, rank):
+    """Lock a training run's folder; (it as a Path, whether there is a checkpoint to go on from). On every rank.
+
+    Exits with one line when the folder holds a checkpoint and resume is False.
+    """
+    if rank == 0:
+        HELD_LOCKS.append(lock_run(out_dir))
+    barrier()
+    out = Path(out_dir)
+    if has_checkpoint(out / 'ckpt') and not resume:
+        raise SystemExit(f'{out_dir} holds a checkpoint: set resume = True to go on with it, or another out_dir')
+    return out, resume and has_checkpoint(out / 'ckpt')
+
+
+def write_status(out, state, step, n_steps):
+    """out/status.json. state: running, stopped or finished; torchrun's own exit status does not tell them apart."""
+    write_atomic(out / 'status.json', json.dumps({'state': state, 'step': step, 'n_steps': n_steps}))
+
+
+class StopSignal:
+    """True once SIGTERM or Ctrl-C has come; the loop then saves and leaves. A second Ctrl-C ends at once."""
+    def __init__(self):
+        self.name = ''
+        for sig in signal.SIGTERM, signal.SIGINT:      # a scheduler's, and Ctrl-C
+            signal.signal(sig, self.note)
+
+    def note(self, number, frame):
+        if self.name and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.name = signal.Signals(number).name        # only noted: the loop stops where it can save
+
+    def __bool__(self):                                # on every rank or on none: one rank's signal stops all
+        return all_sum(bool(self.name)) > 0
+
+    def leave(self, step):
+        raise SystemExit(f'{self.name or "another rank"} stopped this run: saved at step {step}, '
+                         'go on with --resume=True')
+
+
+# what a resumed run may change: the machine it runs on, and where its files are
+FREE_ON_RESUME = {'resume', 'micro_batch_size', 'out_dir', 'device', 'feature_cache', 'workers', 'log_every',
+                  'max_bad_samples', 'allow_failed_gates', 'epoch_samples', 'epoch_minutes', 'image_codec',
+                  'audio_codec', 'tensorboard'}
+
+
+def check_resumable(meta, settings, frozen_sha256, folder):
+    """A run goes on only as what it was: same settings, but for those of the machine, and same frozen weights."""
+    for key, had in meta['settings'].items():
+        # as JSON, which the checkpoint went through: a tuple came back as a list
+        if key not in FREE_ON_RESUME and json.dumps(settings.get(key)) != json.dumps(had):
+            raise SystemExit(f'{folder} has {key} = {had!r}, this run has {settings.get(key)!r}: cannot resume')
+    if meta['frozen_sha256'] != frozen_sha256:
+        raise SystemExit(f'{folder} was trained on other frozen weights (sha256 {meta["frozen_sha256"][:12]}, '
+                         f'this run has {frozen_sha256[:12]}): cannot resume')
+
+
+# -----------------------------------------------------------------------------
+# the log
+
+
+def tensorboard_writer(wanted):
+    """The class that writes for TensorBoard, or None; exits with one line when it is wanted and not installed."""
+    if not wanted:
+        return None
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise SystemExit('tensorboard = True, but the package tensorboard is not installed: pip install tensorboard, '
+                         'or set tensorboard = False')
+    return SummaryWriter
+
+
+class Log:
+    """out_dir/log.jsonl, one JSON object a line. On resume the records after the checkpoint's step are dropped, so that
+    the log of a resumed run has the lines of an uninterrupted one.
+
+    writer: of tensorboard_writer; the numbers of step and eval records then go to out_dir/tensorboard too.
+    """
+    def __init__(self, path, resume_step=None, active=True, writer=None):
+        self.path = Path(path)
+        self.active = active
+        self.board = None
+        if not active:
+            return
+        if writer is not None:
+            folder = self.path.parent / 'tensorboard'
+            purge_step = None
+            if resume_step is None:                    # events left by a run that died before its first checkpoint
+                shutil.rmtree(folder, ignore_errors=True)
+            else:
+                purge_step = resume_step + 1           # the board hides older points from there on: they come again
+            self.board = writer(str(folder), purge_step=purge_step)
+        kept = []
+        if resume_step is not None and self.path.exists():
+            kept = [line for line in self.path.read_text().splitlines() if is_complete_line(line, resume_step)]
+        write_atomic(self.path, ''.join(line + '\n' for line in kept))
+
+    def write(self, kind, **record):
+        if self.active:
+            with one_line_io_errors(self.path), open(self.path, 'a') as f:
+                f.write(json.dumps({'kind': kind, **record}) + '\n')
+        if self.board is not None and kind in ('step', 'eval'):
+            for name, value in record.items():
+                if name != 'step' and type(value) in (int, float):
+                    self.board.add_scalar(f'{kind}/{name}', value, record['step'])
+            self.board.flush()
+
+
+def is_complete_line(line, step):
+    """Is this log line whole, and not from after the step?"""
+    try:
+        return json.loads(line).get('step', 0) <= step
+    except ValueError:                                 # a kill can leave half a line at the end
+        return False
+
+
+class Meter:
+    """Loss and rates since the log was last written. The clock stands still between pause() and go_on(): what an
+    evaluation takes is not a step's time."""
+    def __init__(self, clock=time.perf_counter):
+        self.clock = clock
+        self.start_window()
+
+    def start_window(self):
+        self.nats = self.labels = self.tokens = self.samples = 0
+        self.seconds = self.waited = 0.0
+        self.since = self.clock()
+
+    def pause(self):
+        self.seconds += self.clock() - self.since      # and the counts stay: clock and counts belong to the same steps
+
+    def go_on(self):
+        self.since = self.clock()
+
+    def next_of(self, batches_of_steps):
+        """The next step's batches, and the time that they had to be waited for."""
+        start = self.clock()
+        batches = next(batches_of_steps)
+        self.waited += self.clock() - start
+        return batches
+
+    def add(self, loss, n_labels, batches):
+        """A step: its mean loss and its labels over all ranks, and this rank's batches."""
+        self.nats += loss * n_labels                   # back to sums: a mean of means would be wrong
+        self.labels += n_labels
+        for batch in batches:
+            self.tokens += len(batch.input_ids)
+            self.samples += len(batch.ids)
+
+    def read(self, device):
+        """The window as a dict, over all ranks; a new window begins."""
+        self.pause()
+        seconds = self.seconds
+        record = {                                     # tokens and samples were counted on this rank, labels on all
+            'window_loss': self.nats / self.labels,
+            'tokens_per_s': all_sum(self.tokens) / seconds,
+            'labels_per_s': self.labels / seconds,
+            'samples_per_s': all_sum(self.samples) / seconds,
+            'data_wait': self.waited / seconds,
+            'seconds': seconds,
+            'peak_memory_mb': peak_memory_mb(device),
+        }
+        self.start_window()
+        return record
+
+
+# -----------------------------------------------------------------------------
+# what learns, and what must not
+
+
+def parameter_groups(trainable, peaks, weight_decay):
+    """AdamW's groups. peaks: {prefix of names: highest learning rate}; matrices decay, vectors do not."""
+    groups = []
+    for prefix, peak in peaks.items():
+        parameters = [p for name, p in trainable.items() if name.startswith(prefix)]
+        matrices = [p for p in parameters if p.ndim >= 2]
+        vectors = [p for p in parameters if p.ndim < 2]
+        if matrices:
+            groups.append({'params': matrices, 'weight_decay': weight_decay, 'peak': peak})
+        if vectors:
+            groups.append({'params': vectors, 'weight_decay': 0.0, 'peak': peak})   # norms, biases
+    return groups
+
+
+def frozen_sha256(model, trainable):
+    """Of every parameter that must not change, by the name that it has without LoRA."""
+    frozen = []
+    for name, p in model.named_parameters():
+        if name not in trainable:
+            frozen.append((name.replace('base_layer.', ''), p))        # what PEFT puts into the name
+    return sha256_tensors(frozen)
+
+
+# -----------------------------------------------------------------------------
+# around a training step
+
+
+def measure_epoch(steps, forward_backward, optimizer, epoch_minutes, global_batch_size):
+    """How many samples an epoch of epoch_minutes holds, in whole steps, by the time of real steps; the slowest rank's.
+
+    steps: an iterator over the batches of seven steps, of which the first two warm up.
+    """
+    seconds = []
+    for batches in steps:
+        start = time.perf_counter()
+        forward_backward(batches)
+        if torch.cuda.is_available():                  # its work is only queued so far
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+        optimizer.zero_grad()
+    slowest = max(all_gather(float(np.median(seconds[2:]))))   # every rank must come to the same number
+    return max(1, int(epoch_minutes * 60 / slowest)) * global_batch_size   # one step at least
+
+
+def grad_norms(trainable, groups):
+    """The gradient norm of each group of parameters, summed in float64. groups: {name for the log: prefix of names}."""
+    norms = {}
+    for group, prefix in groups.items():
+        squares = 0.0                                  # of every number in the group's gradients
+        for name, p in trainable.items():
+            if name.startswith(prefix) and p.grad is not None:
+                squares += p.grad.double().square().sum().item()   # float32 sums of millions lose digits
+        norms[group] = math.sqrt(squares)
+    return norms
+
+
+def clip_gradients(trainable, grad_norm, grad_clip):
+    """Scale all gradients so that their norm, which is grad_norm, is at most grad_clip."""
+    torch.nn.utils.clip_grads_with_norm_(trainable.values(), grad_clip, torch.tensor(grad_norm, dtype=torch.float64))
+
+
+def stop_if_not_finite(step, loss, grad_norm, batches):
+    """Before the update: NaN or infinity ends the run on every rank, and the line names the samples of the step."""
+    if math.isfinite(loss + grad_norm):
+        return
+    ids = []                                           # of all ranks: which one went wrong cannot be told here
+    for part in all_gather([batch.ids for batch in batches]):
+        for batch_ids in part:
+            ids += batch_ids
+    raise SystemExit(f'step {step}: loss {loss}, gradient norm {grad_norm}; stopped before the update, the last '
+                     f'checkpoint is good. The samples of this step: {", ".join(ids[:8])} ... ({len(ids)})')
+
+
+def names_with_gradient(trainable, known):
+    """The parameters, besides the known ones, that have a gradient other than zero."""
+    names = set()
+    for name, p in trainable.items():
+        if name not in known and p.grad is not None and p.grad.any():   # zeros: it is connected and learns nothing
+            names.add(name)
+    return names
