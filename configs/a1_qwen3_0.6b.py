@@ -1,6 +1,7 @@
-# A1 with the smallest Qwen3: one 24 GB card. 64 image tokens, a connector of 13.2 M.
+# A1 with the smallest Qwen3: 64 image tokens, a connector of 13.2 M.
 # $ python train_a1.py configs/a1_qwen3_0.6b.py
-# Not run yet: there was no GPU.
+# Costs 9.8 GiB of GPU memory by formula: a 24 GB card.
+# Not run: there was no GPU.
 data_json = 'data/LLaVA-Pretrain/blip_laion_cc_sbu_558k.json'
 image_root = 'data/LLaVA-Pretrain/images'
 llm = 'Qwen/Qwen3-0.6B'

@@ -1,7 +1,7 @@
-# A1 at the reference's sizes: Qwen3-8B, SigLIP2 so400m at 384 pixels (729 patches), 64 image tokens, 82.4 M connector.
+# A1 at the reference's sizes: SigLIP2 so400m at 384 pixels (729 patches), 64 image tokens, a connector of 82.4 M.
 # $ torchrun --standalone --nproc_per_node=8 train_a1.py configs/a1_qwen3_8b.py
-# Memory, by formula: 16.4 GB for the frozen LLM in bf16 and 0.9 GB for the tower, 1.3 GB for the connector with its
-# AdamW state; activations on top. Not run yet: there was no GPU.
+# Costs 23.3 GiB of GPU memory by formula, 16.9 of them frozen weights in bf16.
+# Not run: there was no GPU.
 data_json = 'data/LLaVA-Pretrain/blip_laion_cc_sbu_558k.json'
 image_root = 'data/LLaVA-Pretrain/images'
 llm = 'Qwen/Qwen3-8B'

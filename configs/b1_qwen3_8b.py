@@ -1,7 +1,7 @@
 # B1 at real sizes: the VQ of Janus-Pro, 576 codes of 16,384 a picture of 384 x 384, and Mimi, 12.5 frames a second
 # x 8 codes of 2,048: 1,000 ids for 10 s. New rows: 4 + 16,384 + 8 x 2,048 = 32,772.
 # $ python uti.py configs/b1_qwen3_8b.py
-# Not run yet: there was no GPU.
+# Cost: not measured, 256 pictures and sounds through both codecs four times. Not run: there was no GPU.
 llm = 'Qwen/Qwen3-8B'
 image_codec = 'deepseek-community/Janus-Pro-1B'
 image_prefix = 'model.vqmodel.'

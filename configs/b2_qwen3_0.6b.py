@@ -1,6 +1,7 @@
 # Shards of LLaVA-Pretrain (558 k pictures) and Clotho (3.8 k sounds with five captions each) for Qwen3-0.6B.
 # $ python build_b2.py configs/b2_qwen3_0.6b.py
-# Not run yet.
+# Cost: not measured: both codecs run over everything once.
+# Not run: there was no GPU.
 data_json = 'data/LLaVA-Pretrain/blip_laion_cc_sbu_558k.json'
 image_root = 'data/LLaVA-Pretrain/images'
 sound_dir = 'data/Clotho/development'

@@ -1,6 +1,7 @@
 # Shards of LLaVA-Pretrain (558 k pictures) and Clotho (3.8 k sounds with five captions each) for Qwen3-8B.
 # $ torchrun --standalone --nproc_per_node=8 build_b2.py configs/b2_qwen3_8b.py
-# Not run yet.
+# Cost: not measured: both codecs run over everything once.
+# Not run: there was no GPU.
 data_json = 'data/LLaVA-Pretrain/blip_laion_cc_sbu_558k.json'
 image_root = 'data/LLaVA-Pretrain/images'
 sound_dir = 'data/Clotho/development'

@@ -1,6 +1,7 @@
-# Qwen3-8B: gradient and AdamW state for the new rows alone, not for 2 x 168 k rows of 4,096.
+# New rows for Qwen3-8B: gradient and AdamW state for 32,772 rows twice, not for 2 x 185 k rows of 4,096.
 # $ torchrun --standalone --nproc_per_node=8 train_b3.py configs/b3_qwen3_8b.py
-# Not run yet.
+# Costs 64.1 GiB of GPU memory by formula.
+# Not run: there was no GPU.
 shards_dir = 'out/b2_qwen3_8b'
 llm = 'Qwen/Qwen3-8B'
 image_codec = 'deepseek-community/Janus-Pro-1B'

@@ -1,6 +1,7 @@
-# Qwen3-8B: LoRA r 64 on its layers, and the new rows go on learning; the base stays in bf16, without a gradient.
+# B4 with Qwen3-8B: LoRA r 64 on its layers, and the new rows go on learning; the base has no gradient.
 # $ torchrun --standalone --nproc_per_node=8 train_b4.py configs/b4_qwen3_8b.py
-# Not run yet.
+# Costs 61.6 GiB of GPU memory by formula.
+# Not run: there was no GPU.
 shards_dir = 'out/b2_qwen3_8b'
 new_rows_dir = 'out/b3_qwen3_8b'
 image_codec = 'deepseek-community/Janus-Pro-1B'
