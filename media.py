@@ -12,6 +12,7 @@ import soxr
 from PIL import Image, ImageDraw, ImageFile, ImageOps
 
 MAX_PIXELS = 64_000_000                                # about 8,000 x 8,000; PIL's limit only warns below twice 89 M
+IMAGE_FORMATS = ('PNG', 'JPEG', 'MPO', 'WEBP', 'GIF', 'BMP', 'TIFF')   # MPO: JPEGs of some phones
 ImageFile.LOAD_TRUNCATED_IMAGES = False
 
 # -----------------------------------------------------------------------------
@@ -59,12 +60,13 @@ def read_image(path, size, resample=3):
     try:
         with warnings.catch_warnings():
             warnings.simplefilter('ignore', Image.DecompressionBombWarning)
-            with Image.open(path) as image:
+            # without formats Pillow hands PostScript to Ghostscript, whatever the file is called
+            with Image.open(path, formats=IMAGE_FORMATS) as image:
                 if image.width * image.height > MAX_PIXELS:
                     raise BadSample(f'{path}: {image.width} x {image.height} pixels, wanted at most {MAX_PIXELS:,}')
                 if image.format == 'PNG':
                     image.verify()                     # the checksums, which decoding leaves out ...
-            with Image.open(path) as image:
+            with Image.open(path, formats=IMAGE_FORMATS) as image:
                 image.load()                           # ... and the whole picture, which verify leaves out
                 image = upright_rgb(image)
                 if image.size != (size, size):

@@ -75,6 +75,16 @@ def test_what_is_no_whole_picture_is_refused_in_one_line(make, says, tmp_path):
     one_line(e.value, tmp_path / 'a', says)
 
 
+def test_a_picture_file_starts_no_program(tmp_path, monkeypatch):
+    """PostScript by another name, which Pillow would give to Ghostscript."""
+    from PIL import EpsImagePlugin
+    monkeypatch.setattr(EpsImagePlugin, 'Ghostscript', lambda *args, **options: pytest.fail('it started Ghostscript'))
+    path = tmp_path / 'x.png'
+    path.write_bytes(b'%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n9 9 lineto showpage\n')
+    with pytest.raises(BadSample, match='not a whole image'):
+        read_image(path, 8)
+
+
 def test_no_flipped_byte_of_a_png_changes_pixels_unseen(tmp_path):
     path = save(tmp_path / 'a.png', noise())
     raw = path.read_bytes()

@@ -22,8 +22,8 @@ from matplotlib.figure import Figure                   # not pyplot: it would ob
 from PIL import Image, ImageOps
 
 from common import sha256_file, write_atomic
-from media import MAX_PIXELS
 from gates import read_verdict, verdict_files
+from media import IMAGE_FORMATS, MAX_PIXELS
 
 STAGES = ['a1', 'a11', 'a2', 'b1', 'b2', 'b3', 'b4', 'other']   # other: a folder with gates
 STAGE_OF_FILE = {'sweep.json': 'a11', 'index.json': 'b2', 'plan.json': 'b2', 'token_space.json': 'b1',
@@ -172,7 +172,7 @@ def medium(path, label, caption='', is_sound=False, side=256):
     """A picture or a sound for the page, or why there is none. label: what it is, for who cannot look or listen."""
     content = {'label': label, 'caption': caption}
     try:
-        content.update(sound(path) if is_sound else picture(Image.open(path), side))
+        content.update(sound(path) if is_sound else picture(Image.open(path, formats=IMAGE_FORMATS), side))
     except DAMAGED as e:
         content['gone'] = f'{path.name}: cannot be shown ({type(e).__name__})'
     return content
@@ -180,7 +180,7 @@ def medium(path, label, caption='', is_sound=False, side=256):
 
 def pairs(run):
     """The rows of B1's contact sheet, original and decoded side by side, a picture each."""
-    with Image.open(run.path / 'pictures' / 'original_decoded.png') as sheet:
+    with Image.open(run.path / 'pictures' / 'original_decoded.png', formats=IMAGE_FORMATS) as sheet:
         side = sheet.width // 2                        # both are square
         tops = range(0, sheet.height - side + 1, side)
         return [picture(sheet.crop((0, top, sheet.width, top + side)), 512) for top in tops]
