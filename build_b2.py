@@ -19,6 +19,7 @@ import sys
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,7 +31,7 @@ from common import (
     all_gather, all_sum, barrier, canonical, gather_in_order, init_ranks, lock_run, progress, provenance, read_sealed,
     sha256_file, shutdown_ranks, write_atomic, write_sealed)
 from configure import configure
-from data import collate, read_llava
+from data import collate, read_llava, unique_id
 from media import BadSample, BadSamples, read_audio, read_image
 from shards import (
     SPLITS, Caption, CaptionedMedia, Medium, load_shard, read_index, read_manifest, read_shards, read_sound_folder,
@@ -125,20 +126,18 @@ paths = sorted({caption.path for caption in captioned})
 sha256s = gather_in_order(threads.map(sha256_or_reason, paths[rank::world_size]))
 sha256_of = dict(zip(paths, sha256s))
 captions_of = {}                                       # File: its captions; the first one's path is read
-known_ids = set()
+id_uses = {}
 for n, caption in enumerate(captioned):
     sha256 = sha256_of[caption.path]
     reason = None
     if isinstance(sha256, BadSample):
         reason = sha256
-    elif caption.id in known_ids:
-        reason = BadSample(f'{caption.path}: id {caption.id} stands twice')
     elif caption.modality not in grammar.payload_ranges:
         reason = BadSample(f'{caption.path}: {audit_dir} has no {caption.modality} in its token space')
     if reason is not None:
         bad_samples.add(caption.id, reason, key=f'caption {n}')
         continue
-    known_ids.add(caption.id)
+    caption = replace(caption, id=unique_id(caption.id, id_uses))
     captions_of.setdefault(File(sha256, caption.modality), []).append(caption)
 if not captions_of:
     raise SystemExit('no usable sample: set manifests, data_json or sound_dir to data that exists')
@@ -226,7 +225,7 @@ plan = {
     'eval_share': eval_share,
     'split_seed': split_seed,
     'n_media': len(captions_of),
-    'n_items': len(known_ids),
+    'n_items': len(id_uses),
     'samples_sha256': hashlib.sha256(canonical(samples).encode()).hexdigest(),
 }
 if rank == 0:
@@ -239,7 +238,7 @@ if rank == 0:
     space.save(out / 'token_space.json')
     write_sealed(out / 'plan.json', plan)
     sizes = ', '.join(f'{len(files)} to {split}' for split, files in chosen.items())
-    print(f'{len(known_ids)} items, {len(captions_of)} media files: {sizes}, in {len(shards)} shards')
+    print(f'{len(id_uses)} items, {len(captions_of)} media files: {sizes}, in {len(shards)} shards')
 
 # -----------------------------------------------------------------------------
 # encode

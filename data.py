@@ -83,6 +83,29 @@ def plain_text(text, where):
     return text.strip()
 
 
+def sample_id(record, n):
+    """The id of a record as its list gives it, or its number n where it has none; else BadSample."""
+    if not isinstance(record, dict):
+        raise BadSample(f'sample {n} is a JSON {type(record).__name__}, wanted an object')
+    id = record.get('id')
+    if id is None:
+        return str(n)
+    if not isinstance(id, str | int):
+        raise BadSample(f'sample {n}: id is {id!r}, wanted a text or a whole number')
+    return str(id)
+
+
+def unique_id(id, uses):
+    """The id, or id#2, id#3, ... when it has been there before: LLaVA-Instruct's ids are picture numbers, and it has
+    several chats about one picture. uses: {id: how often so far}, kept by the caller."""
+    unique = id
+    while unique in uses:
+        uses[id] += 1
+        unique = f'{id}#{uses[id]}'
+    uses[unique] = 1
+    return unique
+
+
 def read_llava(path, image_root, bad_samples, captions=False):
     """LLaVA JSON -> [Item]. captions: the human turn of LLaVA-Pretrain is a prompt that is not used.
 
@@ -94,17 +117,15 @@ def read_llava(path, image_root, bad_samples, captions=False):
     if not isinstance(records, list):
         raise SystemExit(f'{path}: found a JSON {type(records).__name__}, wanted a list of samples')
     items = []
-    known_ids = set()
+    id_uses = {}
     for n, record in enumerate(records):
-        id = str(n)
         try:
-            if not isinstance(record, dict) or 'id' not in record:
-                raise BadSample(f'{path}, sample {n}: no "id"')
-            id = str(record['id'])
-            where = f'{path}, sample {n} (id {id})'
-            if id in known_ids:
-                raise BadSample(f'{where}: this id stands twice')
-            known_ids.add(id)
+            id = unique_id(sample_id(record, n), id_uses)
+        except BadSample as e:
+            bad_samples.add(str(n), BadSample(f'{path}, {e}'), key=n)
+            continue
+        where = f'{path}, sample {n} (id {id})'
+        try:
             items.append(read_llava_item(record, id, image_root, where, captions))
         except BadSample as e:
             bad_samples.add(id, e, key=n)

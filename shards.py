@@ -13,7 +13,7 @@ import safetensors.numpy
 from safetensors import safe_open
 
 from common import read_sealed, write_atomic, write_sealed
-from data import ChatTemplate, Example, parse_json, path_inside, plain_text, read_texts, shuffled_index
+from data import ChatTemplate, Example, parse_json, path_inside, plain_text, read_texts, sample_id, shuffled_index
 from media import BadSample
 from uti import TASKS, TokenSpace, tokenizer_sha256
 
@@ -43,22 +43,23 @@ def read_manifest(path, bad_samples):
         if not line.strip():
             continue
         try:
-            record = parse_json(line.decode())
+            record = parse_json(line.decode('utf-8-sig'))   # Windows programs begin a file with a byte order mark
         except (ValueError, RecursionError) as e:
             bad_samples.add(where, BadSample(f'{where}: not valid JSON: {e}'), key=where)
             continue
-        id = str(record.get('id', where)) if isinstance(record, dict) else where
         try:
-            found.append(read_manifest_record(record, Path(path).parent, where))
+            id = sample_id(record, n)
+        except BadSample as e:
+            bad_samples.add(where, BadSample(f'{where}: {e}'), key=where)
+            continue
+        try:
+            found.append(read_manifest_record(record, id, Path(path).parent, f'{where} (id {id})'))
         except BadSample as e:
             bad_samples.add(id, e, key=where)
     return found
 
 
-def read_manifest_record(record, root, where):
-    if not isinstance(record, dict) or not isinstance(record.get('id'), str | int):
-        raise BadSample(f'{where}: no "id"')
-    where = f'{where} (id {record["id"]})'
+def read_manifest_record(record, id, root, where):
     modalities = [modality for modality in ('image', 'audio') if record.get(modality) is not None]
     if len(modalities) != 1:
         found = ' and '.join(modalities) or 'neither image nor audio'
@@ -66,7 +67,7 @@ def read_manifest_record(record, root, where):
     modality = modalities[0]
     file = path_inside(root, record[modality], where, modality)
     text = plain_text(record.get('text'), where)
-    return CaptionedMedia(str(record['id']), modality, file, text)
+    return CaptionedMedia(id, modality, file, text)
 
 
 def read_sound_folder(folder, captions_csv, bad_samples):

@@ -56,9 +56,8 @@ HUMAN, GPT = record()['conversations']
     (record(image='link/a.png'), 'link out of the image root'),
     (record(image=3), 'wanted a path'),
     (record(image='a\0.png'), 'is no file name'),
-    (record('good'), 'this id stands twice'),
-    ({'image': 'a.png'}, 'no "id"'),
-    ('bad', 'no "id"'),
+    (record(id=[1]), 'id is [1], wanted a text or a whole number'),
+    ('bad', 'is a JSON str, wanted an object'),
     (record(answer=' \n'), 'an empty answer'),
     (record(answer='a \ud800 dot'), 'not Unicode'),
     (record(conversations=[HUMAN, GPT, HUMAN]), 'in pairs'),
@@ -74,6 +73,16 @@ def test_a_bad_sample_is_left_out_and_its_line_says_why(tmp_path, sample, says):
     assert [item.id for item in read(tmp_path, record('good'), sample, limit=1)] == ['good']
     line = json.loads((tmp_path / 'bad_samples.jsonl').read_text())
     one_line(line['reason'], tmp_path / 'data.json', 'sample 1', says)
+
+
+def test_ids_are_no_keys_and_a_sample_without_one_has_its_number(tmp_path):
+    """LLaVA-Instruct has several chats under the number of one picture."""
+    nameless = record()
+    del nameless['id']
+    samples = [record('33'), record('33', answer='other'), record(33), nameless, record('33#2'), record('33')]
+    items = read(tmp_path, *samples)
+    assert [item.id for item in items] == ['33', '33#2', '33#3', '3', '33#2#2', '33#4']
+    assert items[0].turns != items[1].turns
 
 
 def test_a_caption_without_an_image_is_a_bad_sample(tmp_path):
@@ -98,8 +107,8 @@ def test_one_bad_sample_more_than_the_limit_ends_the_run(tmp_path):
         read(tmp_path, record('good'), record(answer=''))
     one_line(e.value, tmp_path / 'data.json', 'id bad', 'an empty answer', 'max_bad_samples above 0')
     assert not (tmp_path / 'bad_samples.jsonl').exists()
-    with pytest.raises(SystemExit):                    # every duplicate of one id counts
-        read(tmp_path, *[record('good')] * 4, limit=2)
+    with pytest.raises(SystemExit):                    # bad ones of one id count each
+        read(tmp_path, *[record(answer='')] * 4, limit=2)
 
 
 def test_texts_are_read_and_other_files_refused(tmp_path):

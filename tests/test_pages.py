@@ -122,11 +122,11 @@ def test_every_command_of_the_page_on_your_own_data_runs_in_its_order(checkout, 
     assert FAILS[-1] in status
 
 
-def read_chat(folder, copies=1, **change):
-    """read_llava of a list of one chat, or several copies, with something changed in it."""
+def read_chat(folder, **change):
+    """read_llava of a list of one chat, with something changed in it."""
     turns = [{'from': 'human', 'value': '<image>\nWhat?'}, {'from': 'gpt', 'value': 'red'}]
     chat = {'id': '1', 'image': 'a.png', 'conversations': turns, **change}
-    (folder / 'chats.json').write_text(json.dumps([chat] * copies))
+    (folder / 'chats.json').write_text(json.dumps([chat]))
     data.read_llava(folder / 'chats.json', folder, BadSamples(folder / 'bad.jsonl', 0))
 
 
@@ -169,7 +169,6 @@ PROVOKE = {
     'not a whole image': read_cut_picture,
     'leaves the image root': lambda folder: read_chat(folder, image='../a.png'),
     'is a link out of the image root': read_link,
-    'this id stands twice': lambda folder: read_chat(folder, copies=2),
     'is not a list of human and gpt turns in pairs': lambda folder: read_chat(folder, conversations=[QUESTION]),
     'an empty answer': lambda folder: read_chat(folder, conversations=[QUESTION, NO_ANSWER]),
     'wanted one each': lambda folder: read_chat(folder, conversations=[QUESTION, ANSWER]),

@@ -29,7 +29,7 @@ CLIP = [120, 128, 127, 135]
 @pytest.mark.parametrize('line, says', [
     ('{"id": "x", "audio": "a.wav", "text": NaN}', 'NaN is not JSON'),
     ('{"id": "x", "id": "y", "audio": "a.wav", "text": "t"}', "'id' stands twice"),
-    ('\udcff', 'not valid JSON'), ('[1]', 'no "id"'), ('{"audio": "a.wav", "text": "t"}', 'no "id"'),
+    ('\udcff', 'not valid JSON'), ('[1]', 'is a JSON list'), ('{"id": [], "audio": "a.wav", "text": "t"}', 'id is []'),
     ('{"id": "x", "audio": "../a.wav", "text": "t"}', "audio '../a.wav' leaves the audio root"),
     ('{"id": "x", "audio": "link.wav", "text": "t"}', 'is a link out of the audio root'),
     ('{"id": "x", "audio": "a.wav", "image": "a.png", "text": "t"}', 'image and audio, wanted one'),
@@ -41,10 +41,12 @@ def test_a_bad_line_of_a_manifest_is_left_out_and_its_line_says_why(tmp_path, li
     (tmp_path / 'out.wav').write_bytes(b'')
     (tmp_path / 'in' / 'link.wav').symlink_to(tmp_path / 'out.wav')
     path = tmp_path / 'in' / 'm.jsonl'
-    good = '{"id": 7, "source": "s", "audio": "a.wav", "text": " ok "}'
-    path.write_bytes(f'{good}\n\n{line}\n'.encode(errors='surrogateescape'))
+    good = '{"id": 7, "source": "s", "audio": "a.wav", "text": " o\u2028k "}'
+    # a byte order mark before it, and U+2028, which is no end of a line, within it
+    path.write_bytes(f'\ufeff{good}\n\n{line}\n'.encode(errors='surrogateescape'))
     [found] = read_manifest(path, BadSamples(tmp_path / 'bad.jsonl', 1))
-    assert (found.id, found.modality, found.path, found.text) == ('7', 'audio', str(tmp_path / 'in' / 'a.wav'), 'ok')
+    assert (found.id, found.modality, found.text) == ('7', 'audio', 'o\u2028k')
+    assert found.path == str(tmp_path / 'in' / 'a.wav')
     one_line(json.loads((tmp_path / 'bad.jsonl').read_text())['reason'], f'{path}:3', says)
 
 
