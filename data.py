@@ -46,14 +46,31 @@ def parse_json(text):
     return json.loads(text, parse_constant=refuse, object_pairs_hook=unique)
 
 
-def strict_json(path):
-    """parse_json of a file, with one line naming it when it cannot be read."""
+def read_records(path):
+    """The list in a JSON file, or the lines of a JSONL file; exits with one line when it is neither."""
     try:
-        return parse_json(Path(path).read_text())
+        text = Path(path).read_text(encoding='utf-8-sig')   # without the byte order mark of Windows programs
     except OSError as e:
         raise SystemExit(f'{path}: cannot read the data set ({e.strerror}); set data_json to a LLaVA JSON file')
-    except (ValueError, RecursionError) as e:
-        raise SystemExit(f'{path}: not valid JSON: {e}')
+    except ValueError as e:
+        raise SystemExit(f'{path}: not UTF-8 ({e})')
+    is_jsonl = text.lstrip().startswith('{')
+    # not splitlines: it also splits at U+2028, which may stand in a text
+    parts = text.split('\n') if is_jsonl else [text]
+    records = []
+    for n, part in enumerate(parts, 1):
+        if is_jsonl and not part.strip():
+            continue
+        try:
+            records.append(parse_json(part))
+        except (ValueError, RecursionError) as e:
+            where = f'{path}:{n}' if is_jsonl else path
+            raise SystemExit(f'{where}: not valid JSON: {e}; wanted a list of samples, or one a line')
+    if is_jsonl:
+        return records
+    if not isinstance(records[0], list):
+        raise SystemExit(f'{path}: found a JSON {type(records[0]).__name__}, wanted a list of samples')
+    return records[0]
 
 
 def path_inside(root, name, where, kind='image'):
@@ -107,15 +124,13 @@ def unique_id(id, uses):
 
 
 def read_llava(path, image_root, bad_samples, captions=False):
-    """LLaVA JSON -> [Item]. captions: the human turn of LLaVA-Pretrain is a prompt that is not used.
+    """LLaVA JSON or JSONL -> [Item]. captions: the human turn of LLaVA-Pretrain is a prompt that is not used.
 
     [{"id", "image"?, "conversations": [{"from": "human", "value": "<image>\\n..."},
                                         {"from": "gpt", "value": "..."}, ...]}]
     A sample that is wrong goes to bad_samples, which says when it is too much.
     """
-    records = strict_json(path)
-    if not isinstance(records, list):
-        raise SystemExit(f'{path}: found a JSON {type(records).__name__}, wanted a list of samples')
+    records = read_records(path)
     items = []
     id_uses = {}
     for n, record in enumerate(records):
@@ -136,6 +151,10 @@ def read_llava(path, image_root, bad_samples, captions=False):
 
 def read_llava_item(record, id, image_root, where, captions):
     image = record.get('image')
+    if isinstance(image, list):                        # as sets with several pictures a sample write it
+        if len(image) > 1:
+            raise BadSample(f'{where}: {len(image)} images, wanted one')
+        image = image[0] if image else None
     if image is not None:
         image = path_inside(image_root, image, where)
     turns = read_turns(record.get('conversations'), image, where)

@@ -55,6 +55,7 @@ HUMAN, GPT = record()['conversations']
     (record(image='https://example.com/a.png'), 'leaves the image root'),
     (record(image='link/a.png'), 'link out of the image root'),
     (record(image=3), 'wanted a path'),
+    (record(image=['a.png', 'b.png']), '2 images, wanted one'),
     (record(image='a\0.png'), 'is no file name'),
     (record(id=[1]), 'id is [1], wanted a text or a whole number'),
     ('bad', 'is a JSON str, wanted an object'),
@@ -85,6 +86,18 @@ def test_ids_are_no_keys_and_a_sample_without_one_has_its_number(tmp_path):
     assert items[0].turns != items[1].turns
 
 
+def test_a_list_may_have_one_sample_a_line_a_byte_order_mark_and_images_as_lists(tmp_path):
+    samples = [record('one', image=['a.png']), record('two', answer='line\u2028end'),
+               record('three', image=[], ask='Why?')]
+    lines = [json.dumps(sample, ensure_ascii=False) for sample in samples]
+    for text in '\n'.join([*lines, '']), f'[{",".join(lines)}]':
+        (tmp_path / 'data.json').write_text('\ufeff' + text)
+        items = read_llava(tmp_path / 'data.json', tmp_path, BadSamples(tmp_path / 'bad.jsonl', 0))
+        assert [item.id for item in items] == ['one', 'two', 'three']
+        assert items[0].image == str(tmp_path / 'a.png') and items[2].image is None
+        assert items[1].turns[0][1] == 'line\u2028end'
+
+
 def test_a_caption_without_an_image_is_a_bad_sample(tmp_path):
     sample = record(image=None, ask='Describe.')
     assert [item.id for item in read(tmp_path, record('good'), sample, limit=1, captions=True)] == ['good']
@@ -92,7 +105,8 @@ def test_a_caption_without_an_image_is_a_bad_sample(tmp_path):
 
 
 @pytest.mark.parametrize('text, says', [
-    ('[{"id": NaN}]', 'NaN is not JSON'), ('[{"id": 1, "id": 2}]', "'id' stands twice"), ('{"id": 1}', 'wanted a list'),
+    ('[{"id": NaN}]', 'NaN is not JSON'), ('[{"id": 1, "id": 2}]', "'id' stands twice"),
+    ('{\n"id": 1}', 'wanted a list of samples, or one a line'), ('7', 'found a JSON int, wanted a list'),
     ('[{"id": 1}', 'not valid JSON'), ('[]', 'no usable sample'),
     pytest.param('[' * 100_000, 'not valid JSON', id='too deep')])
 def test_a_broken_data_set_ends_the_run_with_one_line(tmp_path, text, says):
