@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from common import in_parts, write_atomic
+from common import in_parts, read_sealed, write_sealed
 from media import BadSample
 
 # -----------------------------------------------------------------------------
@@ -93,11 +93,16 @@ def plain_text(text, where):
     """A text with something in it, without the white space around it; else BadSample."""
     if not isinstance(text, str) or not text.strip():
         raise BadSample(f'{where}: text is {text!r}, wanted some')
+    require_unicode(text, where)
+    return text.strip()
+
+
+def require_unicode(text, where):
+    """BadSample for half a character, which JSON and a command line in Latin-1 may hold and no tokenizer takes."""
     try:
-        text.encode()                                  # JSON may hold half a character, which no tokenizer takes
+        text.encode()
     except UnicodeEncodeError as e:
         raise BadSample(f'{where}: a text that is not Unicode ({e.reason})')
-    return text.strip()
 
 
 def sample_id(record, n):
@@ -174,10 +179,7 @@ def read_turns(turns, image, where):
         speaker = ('human', 'gpt')[n % 2]
         if not isinstance(turn, dict) or turn.get('from') != speaker or not isinstance(turn.get('value'), str):
             raise BadSample(f'{where}: turns must alternate human and gpt, each with a "value"')
-        try:
-            turn['value'].encode()
-        except UnicodeEncodeError as e:
-            raise BadSample(f'{where}: a text that is not Unicode ({e.reason})')
+        require_unicode(turn['value'], where)
     pairs = []
     n_marks = 0
     for question, answer in zip(turns[::2], turns[1::2]):
@@ -192,15 +194,28 @@ def read_turns(turns, image, where):
 
 
 def read_texts(path):
-    """JSONL with one {"text": ...} a line -> [text]."""
+    """JSONL with one {"text": ...} a line -> [text], as they stand. A line that is not one ends the run."""
     try:
-        with open(path) as f:
-            texts = [json.loads(line)['text'] for line in f if line.strip()]
+        lines = Path(path).read_text(encoding='utf-8-sig').split('\n')
     except OSError as e:
         raise SystemExit(f'{path}: cannot read this text file ({e.strerror}); '
                          'set text_jsonl to lines of {"text": ...}')
-    except (ValueError, KeyError, TypeError) as e:
-        raise SystemExit(f'{path}: wanted lines of {{"text": ...}}, found one that is not ({e})')
+    except ValueError as e:
+        raise SystemExit(f'{path}: not UTF-8 ({e})')
+    texts = []
+    for n, line in enumerate(lines, 1):
+        where = f'{path}:{n}'
+        if not line.strip():
+            continue
+        try:
+            record = parse_json(line)
+        except (ValueError, RecursionError) as e:
+            raise SystemExit(f'{where}: not valid JSON: {e}; wanted {{"text": ...}}')
+        if not isinstance(record, dict):
+            raise SystemExit(f'{where}: found a JSON {type(record).__name__}, wanted {{"text": ...}}')
+        text = record.get('text')
+        plain_text(text, where)                        # or one line; what is kept has its white space
+        texts.append(text)
     if not texts:
         raise SystemExit(f'{path}: holds no text')
     return texts
@@ -329,9 +344,10 @@ def media_keys(examples, bad_samples):
     return keys
 
 
-def ids_sha256(examples):
-    ids = sorted(example.item.id for example in examples)
-    return hashlib.sha256('\n'.join(ids).encode()).hexdigest()
+def samples_sha256(examples):
+    """Of their ids and texts, whatever their order. Not of image paths: a data set may be moved."""
+    samples = [(example.item.id, example.item.turns) for example in examples]
+    return hashlib.sha256(repr(sorted(samples)).encode()).hexdigest()
 
 
 def bucket_of(n_labels, edges):
@@ -348,11 +364,18 @@ def length_buckets(counts, edges):
 
 def choose_split(examples, n_eval, n_golden, edges, path, bad_samples, read):
     """Write `path`, the choice of eval and golden ids and of every id held out of training, unless it is there. Rank 0.
+    Exits when it is there and was made with another n_eval, n_golden or edges.
 
     eval and golden are balanced over the three length buckets; a picture that is in one of them, by its bytes, is in no
     other set. read(path) decodes an image: a held-out one has to be whole.
     """
+    asked = {'n_eval': n_eval, 'n_golden': n_golden, 'edges': list(edges)}
     if Path(path).exists():
+        chosen = read_sealed(path, 'this script')
+        for name, wanted in asked.items():
+            if chosen.get(name) != wanted:
+                raise SystemExit(f'{path} was made with {name} = {chosen.get(name)!r}, this run has {wanted!r}: remove '
+                                 'the file to choose anew, then train anew')
         return
     keys = media_keys(examples, bad_samples)
     used_keys = set()
@@ -382,7 +405,7 @@ def choose_split(examples, n_eval, n_golden, edges, path, bad_samples, read):
             ids.append(id)
         return ids
 
-    chosen = {'ids_sha256': ids_sha256(examples)}
+    chosen = {'samples_sha256': samples_sha256(examples), **asked}
     for name, n in ('golden', n_golden), ('eval', n_eval):
         third = n // 3
         ids = []
@@ -396,19 +419,20 @@ def choose_split(examples, n_eval, n_golden, edges, path, bad_samples, read):
         if id not in keys or keys[id] in used_keys:
             held_out.append(id)
     chosen['held_out'] = held_out
-    write_atomic(path, json.dumps(chosen))
+    write_sealed(path, chosen)
 
 
 def load_split(examples, path, n_eval):
     """(train, eval, golden), lists of examples, as choose_split wrote it. Exits when it was made for other samples."""
     by_id = {example.item.id: example for example in examples}
-    chosen = json.loads(Path(path).read_text())
+    chosen = read_sealed(path, 'this script')
     for id in chosen['eval'] + chosen['golden']:
         if id not in by_id:
             raise SystemExit(f'{path} names {id!r}, which the data set no longer has: remove the file to choose anew, '
                              'then train anew')
-    if chosen['ids_sha256'] != ids_sha256(examples):
-        raise SystemExit(f'{path} was made for other samples: remove the file to choose anew, then train anew')
+    if chosen['samples_sha256'] != samples_sha256(examples):
+        raise SystemExit(f'{path} was made for other samples or other texts: remove the file to choose anew, then '
+                         'train anew')
     held_out = set(chosen['held_out'])
     train_set = [example for example in examples if example.item.id not in held_out]
     eval_set = [by_id[id] for id in chosen['eval']]

@@ -113,6 +113,7 @@ if rank == 0:
 barrier()
 train_set, eval_set, golden_set = load_split(examples, out / 'split.json', n_eval)
 text_set = [template.text(text, f'text {n}') for n, text in enumerate(read_texts(text_jsonl)[:n_text])]
+text_set = [example for example in text_set if len(example.label_positions)]   # one token predicts nothing
 if replay_jsonl:
     replay = read_texts(replay_jsonl)
     n_replay = round(replay_share / (1 - replay_share) * len(train_set))

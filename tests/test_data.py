@@ -1,6 +1,7 @@
 """data.py: readers, templates, splits, samplers and batches, against values worked out by hand."""
 import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -125,18 +126,30 @@ def test_one_bad_sample_more_than_the_limit_ends_the_run(tmp_path):
         read(tmp_path, *[record(answer='')] * 4, limit=2)
 
 
-def test_texts_are_read_and_other_files_refused(tmp_path):
+def test_texts_are_read_as_they_stand(tmp_path):
     path = tmp_path / 'text.jsonl'
-    path.write_text('{"text": "one"}\n\n{"text": "two"}\n')
-    assert read_texts(path) == ['one', 'two']
-    for text, says in ('{"txt": "one"}', 'wanted lines of {"text": ...}'), ('\n', 'holds no text'):
-        path.write_text(text)
-        with pytest.raises(SystemExit) as e:
-            read_texts(path)
-        one_line(e.value, path, says)
+    path.write_text('\ufeff{"text": " one"}\n\n{"text": "two\u2028three", "more": 1}\r\n')
+    assert read_texts(path) == [' one', 'two\u2028three']
     with pytest.raises(SystemExit) as e:
         read_texts(tmp_path / 'none')
     one_line(e.value, tmp_path / 'none', 'cannot read this text file')
+    path.write_text('\n')
+    with pytest.raises(SystemExit) as e:
+        read_texts(path)
+    one_line(e.value, path, 'holds no text')
+
+
+@pytest.mark.parametrize('line, says', [
+    ('{"txt": "one"}', 'text is None'), ('{"text": null}', 'text is None'), ('{"text": 2024}', 'text is 2024'),
+    ('{"text": ["a"]}', "text is ['a']"), ('{"text": " "}', "text is ' '"), ('{"text": "x \\ud83d"}', 'not Unicode'),
+    ('"text"', 'found a JSON str'), ('{"text": "one"', 'not valid JSON'), ('[' * 100_000, 'not valid JSON')],
+    ids=lambda value: value[:20])
+def test_a_line_that_is_no_text_is_named(tmp_path, line, says):
+    path = tmp_path / 'text.jsonl'
+    path.write_text('{"text": "fine"}\n' + line)
+    with pytest.raises(SystemExit) as e:
+        read_texts(path)
+    one_line(e.value, f'{path}:2', says)
 
 
 # -----------------------------------------------------------------------------
@@ -313,6 +326,24 @@ def test_a_split_is_refused_when_a_sample_has_gone_or_come(tmp_path):
     with pytest.raises(SystemExit) as e:               # it may show a held-out picture
         split([*examples, example_of('late', held_out.item.image)], tmp_path)
     one_line(e.value, tmp_path / 'split.json', 'remove the file')
+
+
+def test_a_split_is_refused_for_other_texts_other_sizes_and_when_a_bit_has_flipped(tmp_path):
+    examples = make_examples(tmp_path, 60)
+    split(examples, tmp_path)
+    item = replace(examples[7].item, turns=(('', 'another caption'),))
+    with pytest.raises(SystemExit) as e:
+        split([*examples[:7], replace(examples[7], item=item), *examples[8:]], tmp_path)
+    one_line(e.value, tmp_path / 'split.json', 'other texts')
+    with pytest.raises(SystemExit) as e:
+        split(examples, tmp_path, n_eval=24)
+    one_line(e.value, tmp_path / 'split.json', 'was made with n_eval = 30, this run has 24')
+    whole = (tmp_path / 'split.json').read_text()
+    for damaged in whole.replace('-0', '-1', 1), '{}', whole[:100], '':
+        (tmp_path / 'split.json').write_text(damaged)
+        with pytest.raises(SystemExit) as e:
+            split(examples, tmp_path)
+        one_line(e.value, tmp_path / 'split.json')
 
 
 def test_an_unreadable_picture_is_not_held_out(tmp_path):
