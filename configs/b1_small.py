@@ -1,7 +1,7 @@
 # The small world's B1: 16 codes of 1,024 a picture of 32 x 32, 20 frames x 2 codes of 512 a second of sound.
 # $ python uti.py configs/b1_small.py
-# Over 512 of each: 28.8 dB and SSIM 0.96; SI-SNR 7.0 dB. `python -m small.score out/b1_small` then finds 98.5 % of what
-# is seen and 98.8 % of what is heard.
+# Half a CPU minute. 16 gates; over 512 of each 28.8 dB and SSIM 0.96, SI-SNR 7.0 dB. small/score.py then finds 98.5 %
+# of what is seen and 98.8 % of what is heard.
 from small.make import ensure
 
 _small = ensure('captions', 'sounds', 'llm', 'image_codec', 'audio_codec')
