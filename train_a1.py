@@ -27,7 +27,8 @@ from media import BadSamples, contact_sheet, read_image
 from model import cache_features, image_settings, load_tokenizer, load_vlm
 from training import (
     Log, Meter, StopSignal, check_resumable, clip_gradients, frozen_sha256, grad_norms, measure_epoch,
-    names_with_gradient, open_run, parameter_groups, stop_if_not_finite, tensorboard_writer, write_status)
+    names_with_gradient, open_run, parameter_groups, require_positive, require_share, stop_if_eval_not_finite,
+    stop_if_not_finite, tensorboard_writer, write_status)
 
 # -----------------------------------------------------------------------------
 # settings; override any with a config file or --key=value
@@ -78,6 +79,15 @@ log_every = 20
 tensorboard = False            # True: the log's numbers in out_dir/tensorboard too; needs the package tensorboard
 config = configure(globals(), required=('data_json', 'image_root', 'llm', 'vision'))
 # -----------------------------------------------------------------------------
+
+# settings that cannot be meant end the run before anything is built
+require_positive(config, 'max_seq_len', 'micro_batch_size', 'global_batch_size', 'learning_rate', 'grad_clip', 'epochs',
+                 'epoch_minutes', 'eval_every', 'n_eval', 'n_golden', 'max_new_tokens', 'log_every', 'workers',
+                 'num_image_tokens', 'connector_width', 'connector_depth', 'connector_heads')
+require_share(config, 'warmup_frac', 'min_lr_frac', 'gate_truncated')
+if connector_width % connector_heads or connector_width % 4:
+    raise SystemExit(f'connector_width = {connector_width}, connector_heads = {connector_heads}: wanted a multiple of '
+                     'the heads and of 4')
 
 # ranks and the run's folder
 rank, world_size, device = init_ranks(device)
@@ -202,6 +212,7 @@ while True:
         already_evaluated = resume and step == first_step and step < n_steps
         if not stopped and not already_evaluated:
             losses, counts, means = evaluate()
+            stop_if_eval_not_finite(step, means)
             if step > first_step or not resume:        # a finished run that is judged again has this line already
                 log.write('eval', step=step, **means)
             captions = predict(golden_set, out / 'golden' / f'step_{step:06d}.jsonl')
@@ -220,7 +231,7 @@ while True:
             write_status(out, 'stopped' if stopped else 'running', step, n_steps)
         meter.go_on()
     if stopped:
-        stop.leave(step)
+        stop.leave(step, saved=step > first_step or resume)
     if step == n_steps:
         break
 

@@ -30,7 +30,8 @@ from token_model import (
     shuffled_media, text_difference, training_bytes, write_completions)
 from training import (
     Log, Meter, StopSignal, check_resumable, clip_gradients, frozen_sha256, grad_norms, measure_epoch,
-    names_with_gradient, open_run, parameter_groups, stop_if_not_finite, tensorboard_writer, write_status)
+    names_with_gradient, open_run, parameter_groups, require_positive, require_share, stop_if_eval_not_finite,
+    stop_if_not_finite, tensorboard_writer, write_status)
 from uti import TASKS, UTI, Grammar, TokenSpace
 
 # -----------------------------------------------------------------------------
@@ -85,6 +86,11 @@ log_every = 20
 tensorboard = False            # True: the log's numbers in out_dir/tensorboard too; needs the package tensorboard
 config = configure(globals(), required=('shards_dir', 'llm', 'text_jsonl'))
 # -----------------------------------------------------------------------------
+
+# settings that cannot be meant end the run before anything is built
+require_positive(config, 'max_seq_len', 'micro_batch_size', 'global_batch_size', 'learning_rate', 'grad_clip', 'epochs',
+                 'epoch_minutes', 'eval_every', 'n_eval', 'n_golden', 'max_new_tokens', 'log_every', 'n_text')
+require_share(config, 'warmup_frac', 'min_lr_frac', 'gate_truncated')
 
 # ranks and the run's folder
 rank, world_size, device = init_ranks(device)
@@ -245,6 +251,7 @@ while True:
         already_evaluated = resume and step == first_step and step < n_steps
         if not stopped and not already_evaluated:
             losses, counts, means, rates = evaluate()
+            stop_if_eval_not_finite(step, means)
             if step > first_step or not resume:        # a finished run that is judged again has this line already
                 log.write('eval', step=step, **means, **rates)
             for task, examples in golden_sets.items():
@@ -261,7 +268,7 @@ while True:
             write_status(out, 'stopped' if stopped else 'running', step, n_steps)
         meter.go_on()
     if stopped:
-        stop.leave(step)
+        stop.leave(step, saved=step > first_step or resume)
     if step == n_steps:
         break
 

@@ -56,9 +56,12 @@ class StopSignal:
     def __bool__(self):                                # on every rank or on none: one rank's signal stops all
         return all_sum(bool(self.name)) > 0
 
-    def leave(self, step):
-        raise SystemExit(f'{self.name or "another rank"} stopped this run: saved at step {step}, '
-                         'go on with --resume=True')
+    def leave(self, step, saved):
+        """saved: whether there is a checkpoint of this step."""
+        name = self.name or 'another rank'
+        if not saved:
+            raise SystemExit(f'{name} stopped this run before its first step: nothing was saved')
+        raise SystemExit(f'{name} stopped this run: saved at step {step}, go on with --resume=True')
 
 
 # what a resumed run may change: the machine it runs on, and where its files are
@@ -189,6 +192,22 @@ class Meter:
 
 
 # -----------------------------------------------------------------------------
+# settings that cannot be meant
+
+
+def require_positive(config, *names):
+    for name in names:
+        if not config[name] > 0:                       # NaN too
+            raise SystemExit(f'{name} = {config[name]}: wanted more than 0')
+
+
+def require_share(config, *names):
+    for name in names:
+        if not 0 <= config[name] <= 1:
+            raise SystemExit(f'{name} = {config[name]}: wanted a share, from 0 to 1')
+
+
+# -----------------------------------------------------------------------------
 # what learns, and what must not
 
 
@@ -253,6 +272,14 @@ def clip_gradients(trainable, grad_norm, grad_clip):
     torch.nn.utils.clip_grads_with_norm_(trainable.values(), grad_clip, torch.tensor(grad_norm, dtype=torch.float64))
 
 
+def stop_if_eval_not_finite(step, means):
+    """Before the checkpoint is saved: a model whose held-out loss is no number must not take a good one's place."""
+    for name, mean in means.items():
+        if not math.isfinite(mean):
+            raise SystemExit(f'step {step}: {name} on the held-out items is {mean}; stopped without saving, what was '
+                             'saved before is good')
+
+
 def stop_if_not_finite(step, loss, grad_norm, batches):
     """Before the update: NaN or infinity ends the run on every rank, and the line names the samples of the step."""
     if math.isfinite(loss + grad_norm):
@@ -261,8 +288,8 @@ def stop_if_not_finite(step, loss, grad_norm, batches):
     for part in all_gather([batch.ids for batch in batches]):
         for batch_ids in part:
             ids += batch_ids
-    raise SystemExit(f'step {step}: loss {loss}, gradient norm {grad_norm}; stopped before the update, the last '
-                     f'checkpoint is good. The samples of this step: {", ".join(ids[:8])} ... ({len(ids)})')
+    raise SystemExit(f'step {step}: loss {loss}, gradient norm {grad_norm}; stopped before the update, what was '
+                     f'saved before is good. The samples of this step: {", ".join(ids[:8])} ... ({len(ids)})')
 
 
 def names_with_gradient(trainable, known):

@@ -14,7 +14,8 @@ from test_common import Clock, no_file_larger_than, results_on_two_ranks, refusa
 import training
 from training import (
     Log, Meter, StopSignal, check_resumable, clip_gradients, frozen_sha256, grad_norms, measure_epoch,
-    names_with_gradient, open_run, parameter_groups, stop_if_not_finite, tensorboard_writer, write_status)
+    names_with_gradient, open_run, parameter_groups, require_positive, require_share, stop_if_eval_not_finite,
+    stop_if_not_finite, tensorboard_writer, write_status)
 
 # -----------------------------------------------------------------------------
 # a run
@@ -60,7 +61,8 @@ def test_a_signal_is_noted_and_a_second_ctrl_c_ends_at_once(handlers):
     assert not stop
     os.kill(os.getpid(), signal.SIGTERM)
     assert stop
-    assert refusal(stop.leave, 7) == 'SIGTERM stopped this run: saved at step 7, go on with --resume=True'
+    assert refusal(stop.leave, 7, True) == 'SIGTERM stopped this run: saved at step 7, go on with --resume=True'
+    assert refusal(stop.leave, 0, False) == 'SIGTERM stopped this run before its first step: nothing was saved'
     stop = StopSignal()
     os.kill(os.getpid(), signal.SIGINT)
     assert stop and stop.name == 'SIGINT'
@@ -73,7 +75,7 @@ def stopped_on_rank_1(rank):
     before = bool(stop)
     if rank == 1:
         os.kill(os.getpid(), signal.SIGTERM)
-    return before, bool(stop), refusal(stop.leave, 7).split(':')[0]
+    return before, bool(stop), refusal(stop.leave, 7, True).split(':')[0]
 
 
 def test_a_signal_on_one_rank_stops_them_all():
@@ -239,8 +241,22 @@ def test_a_step_that_is_not_finite_ends_the_run_and_names_its_samples(loss, grad
     batches = [batch_of(1, 'a', 'b'), batch_of(1, 'c')]
     assert stop_if_not_finite(3, 1.0, 1.0, batches=batches) is None
     assert refusal(stop_if_not_finite, 3, loss, grad_norm, batches=batches) == (
-        f'step 3: loss {loss}, gradient norm {grad_norm}; stopped before the update, the last checkpoint is good. '
-        'The samples of this step: a, b, c ... (3)')
+        f'step 3: loss {loss}, gradient norm {grad_norm}; stopped before the update, what was saved before is '
+        'good. The samples of this step: a, b, c ... (3)')
+
+
+def test_an_evaluation_that_is_no_number_is_not_saved():
+    assert stop_if_eval_not_finite(3, {'correct': 1.5, 'win_zero': 0.0}) is None
+    line = refusal(stop_if_eval_not_finite, 3, {'correct': 1.5, 'zero': math.nan})
+    assert line == 'step 3: zero on the held-out items is nan; stopped without saving, what was saved before is good'
+
+
+@pytest.mark.parametrize('check, value, right', [
+    (require_positive, 0, 1), (require_positive, -1.0, 0.5), (require_positive, math.nan, 3),
+    (require_share, -0.1, 0.0), (require_share, 1.5, 1.0), (require_share, math.nan, 0.3)])
+def test_a_setting_that_cannot_be_meant_is_named(check, value, right):
+    assert check({'seed': 0, 'epochs': right}, 'epochs') is None
+    assert refusal(check, {'seed': 0, 'epochs': value}, 'epochs').startswith(f'epochs = {value}: wanted ')
 
 
 def test_a_gradient_of_zeros_does_not_count_as_one():
