@@ -115,19 +115,29 @@ class Tower(nn.Module):
 
 
 def image_settings(path):
-    """How the tower's processor prepares an image: {'size', 'resample', 'mean', 'std'} of preprocessor_config.json."""
+    """How the tower's processor prepares an image: {'size', 'resample', 'mean', 'std'} of the checkpoint's own file."""
     config = load_config(path)
-    stored = {}
-    try:
-        stored = json.loads(Path(cached_file(path, 'preprocessor_config.json')).read_text())
-    except OSError:
-        pass                                           # a checkpoint without that file: SigLIP's own values
-    except ValueError as e:
-        raise SystemExit(f'{path}: its preprocessor_config.json is not valid JSON ({e})')
+    stored = stored_preprocessing(path)
     return {'size': getattr(config, 'vision_config', config).image_size,
             'resample': stored.get('resample', 3),     # of PIL: bicubic
             'mean': stored.get('image_mean', [0.5] * 3),
             'std': stored.get('image_std', [0.5] * 3)}
+
+
+def stored_preprocessing(path):
+    """preprocessor_config.json, or what processor_config.json says of images: transformers 5 writes either. Exits when
+    there is neither, or one that cannot be fetched: with other pixels the tower would see something else."""
+    for name in 'preprocessor_config.json', 'processor_config.json':
+        try:
+            file = cached_file(path, name, _raise_exceptions_for_missing_entries=False)
+            if file is None:                           # absent, and not only out of reach: that is an OSError
+                continue
+            stored = json.loads(Path(file).read_text())
+            return stored.get('image_processor', stored)
+        except (OSError, ValueError, AttributeError) as e:
+            raise SystemExit(f'{path}: cannot read its {name} ({str(e).splitlines()[0]})')
+    raise SystemExit(f'{path}: has neither preprocessor_config.json nor processor_config.json, which say how the tower '
+                     'wants its pictures: copy one from the original checkpoint')
 
 
 def load_tower(path, layer=-1, dtype=torch.float32):

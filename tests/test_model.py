@@ -112,12 +112,29 @@ def change_json(path, **values):
     path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
 
 
-def test_pixels_are_normalised_with_the_mean_and_deviation_of_the_preprocessor_config(tiny, tmp_path):
+@pytest.mark.parametrize('name', ['preprocessor_config.json', 'processor_config.json'])
+def test_pixels_are_normalised_with_the_mean_and_deviation_of_the_processors_file(tiny, tmp_path, name):
     shutil.copytree(tiny / 'vision', tmp_path / 'vision')
-    change_json(tmp_path / 'vision' / 'preprocessor_config.json', image_mean=[0.1, 0.2, 0.3], image_std=[0.2, 0.4, 0.7])
+    own = tmp_path / 'vision' / 'preprocessor_config.json'
+    change_json(own, image_mean=[0.1, 0.2, 0.3], image_std=[0.2, 0.4, 0.7])
+    if name != own.name:                               # as transformers 5 saves a whole processor
+        (tmp_path / 'vision' / name).write_text(json.dumps({'image_processor': json.loads(own.read_text())}))
+        own.unlink()
     tower = load_tower(tmp_path / 'vision')
     pixels = torch.tensor([0, 51, 255], dtype=torch.uint8).view(1, 3, 1, 1)
     assert ((pixels - tower.mean) / tower.std).flatten().tolist() == pytest.approx([-0.5, 0, 1])
+
+
+@pytest.mark.parametrize('content, says', [(None, 'has neither preprocessor_config.json nor'), ('{', 'cannot read its'),
+                                           ('[]', 'cannot read its')])
+def test_a_tower_that_does_not_say_how_it_wants_its_pictures_is_refused(tiny, tmp_path, content, says):
+    shutil.copytree(tiny / 'vision', tmp_path / 'vision')
+    (tmp_path / 'vision' / 'preprocessor_config.json').unlink()
+    if content is not None:
+        (tmp_path / 'vision' / 'preprocessor_config.json').write_text(content)
+    with pytest.raises(SystemExit) as e:
+        load_tower(tmp_path / 'vision')
+    assert_one_line(e.value, tmp_path / 'vision', says)
 
 
 LOADERS = {'llm': load_llm, 'vision': load_tower}
