@@ -12,6 +12,7 @@ import csv
 import itertools
 import json
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -50,6 +51,15 @@ def is_finished(folder):
     return path.exists() and json.loads(path.read_text())['state'] == 'finished'
 
 
+def run_training(command):
+    """Its exit status. SIGTERM is passed on, so that the run saves before the sweep ends; a terminal's Ctrl-C reaches it
+    without our help, and is waited for."""
+    process = subprocess.Popen(command)
+    signal.signal(signal.SIGTERM, lambda number, frame: process.terminate())
+    signal.signal(signal.SIGINT, lambda number, frame: None)
+    return process.wait()
+
+
 # the runs, one after the other; the first one's held-out items and length hold for all
 launch = [sys.executable]
 if nproc_per_node > 1:
@@ -70,9 +80,9 @@ for point in points:
         if epoch_samples:
             settings.setdefault('epoch_samples', epoch_samples)
         flags = [f'--{key}={value}' for key, value in settings.items()]
-        done = subprocess.run([*launch, script, base_config, *flags, f'--out_dir={folder}', '--resume=True'])
+        status = run_training([*launch, script, base_config, *flags, f'--out_dir={folder}', '--resume=True'])
         if not is_finished(folder):
-            raise SystemExit(f'{folder}: the run ended early (exit status {done.returncode}); '
+            raise SystemExit(f'{folder}: the run ended early (exit status {status}); '
                              'start the sweep again to go on with it')
     first_record = json.loads((folder / 'log.jsonl').read_text().splitlines()[0])
     epoch_samples = first_record['epoch_samples']

@@ -1,28 +1,31 @@
 """sweep_a11.py: every point is a run of its own, on the same held-out items; a restart skips what is finished."""
 import csv
 import json
+import os
 import shutil
 import subprocess
 import sys
+import time
+from types import SimpleNamespace
 
 import pytest
-from conftest import read_json, read_log, run_here
+from conftest import REPO, read_json, read_log, run_here
 
 pytestmark = pytest.mark.stage
 
 
 def sweep(*args):
     """sweep_a11.py in this process, and so the runs that it starts; without the processes, a minute less."""
-    start = subprocess.run
+    popen = subprocess.Popen
 
     def start_here(command, **options):
         if command[0] != sys.executable:
-            return start(command, **options)           # git, for the log
+            return popen(command, **options)           # git, for the log
         code, _ = run_here(*command[1:])
-        return subprocess.CompletedProcess(command, code)
+        return SimpleNamespace(wait=lambda: code)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(subprocess, 'run', start_here)
+        patch.setattr(subprocess, 'Popen', start_here)
         return run_here('sweep_a11.py', *args)
 
 
@@ -88,3 +91,33 @@ def test_a_restart_skips_finished_runs_and_none_that_passed_is_an_error(swept, f
 def test_bad_input_gets_one_line(flags, tmp_path, flag, found):
     code, _ = sweep(*flags, f'--out_dir={tmp_path}', flag)
     assert found in code and len(code.splitlines()) == 1
+
+
+FAKE_TRAINING = '''
+import signal, sys, time
+from pathlib import Path
+out = Path(next(word for word in sys.argv if word.startswith('--out_dir=')).split('=', 1)[1])
+def save(number, frame):
+    (out / 'saved').touch()
+    sys.exit(1)
+signal.signal(signal.SIGTERM, save)
+out.mkdir(parents=True)
+(out / 'started').touch()
+time.sleep(60)
+'''
+
+
+def test_a_sweep_that_is_stopped_lets_its_training_save(tmp_path):
+    (tmp_path / 'sweep_a11.py').write_text((REPO / 'sweep_a11.py').read_text())
+    (tmp_path / 'train_a1.py').write_text(FAKE_TRAINING)
+    (tmp_path / 'base.py').write_text('')
+    command = [sys.executable, 'sweep_a11.py', '--base_config=base.py', '--out_dir=out', "--grid={'seed': [1, 2]}"]
+    sweep = subprocess.Popen(command, cwd=tmp_path, env={**os.environ, 'PYTHONPATH': str(REPO)}, text=True,
+                             stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    while sweep.poll() is None and not (tmp_path / 'out' / 'seed=1' / 'started').exists():
+        time.sleep(0.02)
+    sweep.terminate()
+    _, errors = sweep.communicate(timeout=30)
+    assert sweep.returncode == 1 and (tmp_path / 'out' / 'seed=1' / 'saved').exists()
+    assert len(errors.splitlines()) == 1 and 'start the sweep again to go on with it' in errors
+    assert not (tmp_path / 'out' / 'seed=2').exists()
