@@ -29,9 +29,10 @@ import torch
 import gates
 from common import (
     all_gather, all_sum, barrier, canonical, gather_in_order, init_ranks, lock_run, progress, provenance, read_sealed,
-    sha256_file, shutdown_ranks, write_atomic, write_sealed)
+    shutdown_ranks, write_atomic, write_sealed)
 from configure import configure
-from data import collate, read_llava, unique_id
+from data import collate, media_sha256
+from lists import UniqueIds, read_llava
 from media import BadSample, BadSamples, read_audio, read_image
 from shards import (
     SPLITS, Caption, CaptionedMedia, Medium, load_shard, read_index, read_manifest, read_shards, read_sound_folder,
@@ -41,9 +42,9 @@ from uti import TASKS, UTI, Grammar, TokenSpace
 # -----------------------------------------------------------------------------
 # settings; override any with a config file or --key=value
 # inputs and outputs
-manifests = ()                 # JSONL files of {"id", "source", "image": path | "audio": path, "text"}; paths in a
+manifests = ()                 # JSONL files of {"id"?, "source"?, "image": path | "audio": path, "text"}; paths in a
                                # manifest are relative to its folder and stay inside it
-data_json = ''                 # LLaVA-Pretrain JSON: [{id, image, conversations}]; '' for none
+data_json = ''                 # LLaVA-Pretrain JSON or JSONL: [{id, image, conversations}]; '' for none
 image_root = ''                # image paths in data_json are relative to this folder and stay inside it
 sound_dir = ''                 # folder of WAV, FLAC or OGG files; '' for none
 sound_captions = ''            # CSV of file_name, caption_1, caption_2, ... for them
@@ -117,17 +118,19 @@ if sound_dir:
 
 def sha256_or_reason(path):
     try:
-        return sha256_file(path)
-    except OSError as e:
-        return BadSample(f'{path}: cannot read this file ({e.strerror})')
+        return media_sha256(path)
+    except BadSample as e:
+        return e
 
 
 paths = sorted({caption.path for caption in captioned})
 sha256s = gather_in_order(threads.map(sha256_or_reason, paths[rank::world_size]))
 sha256_of = dict(zip(paths, sha256s))
 captions_of = {}                                       # File: its captions; the first one's path is read
-id_uses = {}
+n_items = 0
+unique = UniqueIds()                                   # over all lists: each may have the ids of another
 for n, caption in enumerate(captioned):
+    caption = replace(caption, id=unique(caption.id))
     sha256 = sha256_of[caption.path]
     reason = None
     if isinstance(sha256, BadSample):
@@ -137,7 +140,7 @@ for n, caption in enumerate(captioned):
     if reason is not None:
         bad_samples.add(caption.id, reason, key=f'caption {n}')
         continue
-    caption = replace(caption, id=unique_id(caption.id, id_uses))
+    n_items += 1
     captions_of.setdefault(File(sha256, caption.modality), []).append(caption)
 if not captions_of:
     raise SystemExit('no usable sample: set manifests, data_json or sound_dir to data that exists')
@@ -225,7 +228,7 @@ plan = {
     'eval_share': eval_share,
     'split_seed': split_seed,
     'n_media': len(captions_of),
-    'n_items': len(id_uses),
+    'n_items': n_items,
     'samples_sha256': hashlib.sha256(canonical(samples).encode()).hexdigest(),
 }
 if rank == 0:
@@ -238,7 +241,7 @@ if rank == 0:
     space.save(out / 'token_space.json')
     write_sealed(out / 'plan.json', plan)
     sizes = ', '.join(f'{len(files)} to {split}' for split, files in chosen.items())
-    print(f'{len(id_uses)} items, {len(captions_of)} media files: {sizes}, in {len(shards)} shards')
+    print(f'{n_items} items, {len(captions_of)} media files: {sizes}, in {len(shards)} shards')
 
 # -----------------------------------------------------------------------------
 # encode

@@ -1,5 +1,5 @@
 """
-Data: lists of samples, the chat template, examples, held-out sets, batches.
+Data: the chat template, examples, held-out sets, batches.
 
 An item is a sample as a list names it; an example is an item as token ids with its labels. Which examples a step has is
 a function of (settings, step): there is no state to save, and any number of ranks sees the same ones.
@@ -7,7 +7,8 @@ a function of (settings, step): there is no state to save, and any number of ran
 Letters: B examples, T tokens of all examples together, L tokens of the longest, M labels, N image tokens, P patches.
 """
 import hashlib
-import json
+import os
+import stat
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -17,209 +18,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from common import in_parts, read_sealed, write_sealed
+from common import canonical, in_parts, read_sealed, sha256_file, write_sealed
+from lists import Item, shown
 from media import BadSample
-
-# -----------------------------------------------------------------------------
-# lists of samples
-
-
-@dataclass(frozen=True)
-class Item:
-    """One sample: an image path (or None) and its turns, [(question, answer)]; captions have one turn that asks
-    nothing."""
-    id: str
-    image: str | None
-    turns: tuple
-
-
-def parse_json(text):
-    """json.loads that refuses NaN, Infinity and duplicate keys with a ValueError."""
-    def refuse(name):
-        raise ValueError(f'{name} is not JSON')
-
-    def unique(pairs):
-        keys = [key for key, _ in pairs]               # Python's own parser keeps the last and says nothing
-        if len(set(keys)) < len(keys):
-            raise ValueError(f'key {max(keys, key=keys.count)!r} stands twice in one object')
-        return dict(pairs)
-    return json.loads(text, parse_constant=refuse, object_pairs_hook=unique)
-
-
-def read_records(path):
-    """The list in a JSON file, or the lines of a JSONL file; exits with one line when it is neither."""
-    try:
-        text = Path(path).read_text(encoding='utf-8-sig')   # without the byte order mark of Windows programs
-    except OSError as e:
-        raise SystemExit(f'{path}: cannot read the data set ({e.strerror}); set data_json to a LLaVA JSON file')
-    except ValueError as e:
-        raise SystemExit(f'{path}: not UTF-8 ({e})')
-    is_jsonl = text.lstrip().startswith('{')
-    # not splitlines: it also splits at U+2028, which may stand in a text
-    parts = text.split('\n') if is_jsonl else [text]
-    records = []
-    for n, part in enumerate(parts, 1):
-        if is_jsonl and not part.strip():
-            continue
-        try:
-            records.append(parse_json(part))
-        except (ValueError, RecursionError) as e:
-            where = f'{path}:{n}' if is_jsonl else path
-            raise SystemExit(f'{where}: not valid JSON: {e}; wanted a list of samples, or one a line')
-    if is_jsonl:
-        return records
-    if not isinstance(records[0], list):
-        raise SystemExit(f'{path}: found a JSON {type(records[0]).__name__}, wanted a list of samples')
-    return records[0]
-
-
-def path_inside(root, name, where, kind='image'):
-    """root / name as a path that stays inside root; else BadSample. where: the sample, for the line."""
-    if not isinstance(name, str) or not name:
-        raise BadSample(f'{where}: {kind} is {name!r}, wanted a path relative to the {kind} root')
-    if '://' in name or Path(name).is_absolute() or '..' in Path(name).parts:
-        raise BadSample(f'{where}: {kind} {name!r} leaves the {kind} root, wanted a relative path without ..')
-    path = Path(root) / name
-    try:
-        is_inside = path.resolve().is_relative_to(Path(root).resolve())   # links followed
-    except ValueError as e:
-        raise BadSample(f'{where}: {kind} {name!r} is no file name ({e})')
-    if not is_inside:
-        raise BadSample(f'{where}: {kind} {name!r} is a link out of the {kind} root')
-    return str(path)
-
-
-def plain_text(text, where):
-    """A text with something in it, without the white space around it; else BadSample."""
-    if not isinstance(text, str) or not text.strip():
-        raise BadSample(f'{where}: text is {text!r}, wanted some')
-    require_unicode(text, where)
-    return text.strip()
-
-
-def require_unicode(text, where):
-    """BadSample for half a character, which JSON and a command line in Latin-1 may hold and no tokenizer takes."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as e:
-        raise BadSample(f'{where}: a text that is not Unicode ({e.reason})')
-
-
-def sample_id(record, n):
-    """The id of a record as its list gives it, or its number n where it has none; else BadSample."""
-    if not isinstance(record, dict):
-        raise BadSample(f'sample {n} is a JSON {type(record).__name__}, wanted an object')
-    id = record.get('id')
-    if id is None:
-        return str(n)
-    if not isinstance(id, str | int):
-        raise BadSample(f'sample {n}: id is {id!r}, wanted a text or a whole number')
-    return str(id)
-
-
-def unique_id(id, uses):
-    """The id, or id#2, id#3, ... when it has been there before: LLaVA-Instruct's ids are picture numbers, and it has
-    several chats about one picture. uses: {id: how often so far}, kept by the caller."""
-    unique = id
-    while unique in uses:
-        uses[id] += 1
-        unique = f'{id}#{uses[id]}'
-    uses[unique] = 1
-    return unique
-
-
-def read_llava(path, image_root, bad_samples, captions=False):
-    """LLaVA JSON or JSONL -> [Item]. captions: the human turn of LLaVA-Pretrain is a prompt that is not used.
-
-    [{"id", "image"?, "conversations": [{"from": "human", "value": "<image>\\n..."},
-                                        {"from": "gpt", "value": "..."}, ...]}]
-    A sample that is wrong goes to bad_samples, which says when it is too much.
-    """
-    records = read_records(path)
-    items = []
-    id_uses = {}
-    for n, record in enumerate(records):
-        try:
-            id = unique_id(sample_id(record, n), id_uses)
-        except BadSample as e:
-            bad_samples.add(str(n), BadSample(f'{path}, {e}'), key=n)
-            continue
-        where = f'{path}, sample {n} (id {id})'
-        try:
-            items.append(read_llava_item(record, id, image_root, where, captions))
-        except BadSample as e:
-            bad_samples.add(id, e, key=n)
-    if not items:
-        raise SystemExit(f'{path}: no usable sample in it')
-    return items
-
-
-def read_llava_item(record, id, image_root, where, captions):
-    image = record.get('image')
-    if isinstance(image, list):                        # as sets with several pictures a sample write it
-        if len(image) > 1:
-            raise BadSample(f'{where}: {len(image)} images, wanted one')
-        image = image[0] if image else None
-    if image is not None:
-        image = path_inside(image_root, image, where)
-    turns = read_turns(record.get('conversations'), image, where)
-    if captions:
-        if image is None:
-            raise BadSample(f'{where}: a caption without an image')
-        caption = turns[0][1]
-        turns = (('', caption),)
-    return Item(id, image, turns)
-
-
-def read_turns(turns, image, where):
-    """LLaVA's list of human and gpt turns -> ((question, answer), ...), the <image> mark taken out."""
-    if not isinstance(turns, list) or len(turns) < 2 or len(turns) % 2:
-        raise BadSample(f'{where}: conversations is not a list of human and gpt turns in pairs')
-    for n, turn in enumerate(turns):
-        speaker = ('human', 'gpt')[n % 2]
-        if not isinstance(turn, dict) or turn.get('from') != speaker or not isinstance(turn.get('value'), str):
-            raise BadSample(f'{where}: turns must alternate human and gpt, each with a "value"')
-        require_unicode(turn['value'], where)
-    pairs = []
-    n_marks = 0
-    for question, answer in zip(turns[::2], turns[1::2]):
-        if not answer['value'].strip():
-            raise BadSample(f'{where}: an empty answer')
-        n_marks += question['value'].count('<image>')  # the block's place is the template's choice, not the mark's
-        pairs.append((question['value'].replace('<image>', '').strip(), answer['value'].strip()))
-    n_images = int(image is not None)
-    if n_marks != n_images:
-        raise BadSample(f'{where}: {n_marks} <image> marks for {n_images} images, wanted one each')
-    return tuple(pairs)
-
-
-def read_texts(path):
-    """JSONL with one {"text": ...} a line -> [text], as they stand. A line that is not one ends the run."""
-    try:
-        lines = Path(path).read_text(encoding='utf-8-sig').split('\n')
-    except OSError as e:
-        raise SystemExit(f'{path}: cannot read this text file ({e.strerror}); '
-                         'set text_jsonl to lines of {"text": ...}')
-    except ValueError as e:
-        raise SystemExit(f'{path}: not UTF-8 ({e})')
-    texts = []
-    for n, line in enumerate(lines, 1):
-        where = f'{path}:{n}'
-        if not line.strip():
-            continue
-        try:
-            record = parse_json(line)
-        except (ValueError, RecursionError) as e:
-            raise SystemExit(f'{where}: not valid JSON: {e}; wanted {{"text": ...}}')
-        if not isinstance(record, dict):
-            raise SystemExit(f'{where}: found a JSON {type(record).__name__}, wanted {{"text": ...}}')
-        text = record.get('text')
-        plain_text(text, where)                        # or one line; what is kept has its white space
-        texts.append(text)
-    if not texts:
-        raise SystemExit(f'{path}: holds no text')
-    return texts
-
 
 # -----------------------------------------------------------------------------
 # examples: ids and labels, assembled turn by turn
@@ -263,11 +64,16 @@ class ChatTemplate:
         return self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
 
     def example(self, item, ids, label_positions, image_start):
-        """Cut to max_seq_len at the end; the image block stands near the start and is never cut."""
+        """Cut to max_seq_len at the end, but never in the image block: what stands before it is cut then."""
         n = self.max_seq_len
+        truncated = len(ids) > n
         label_positions = np.array(label_positions, np.int32)
         kept_labels = label_positions[label_positions < n]
-        return Example(item, np.array(ids[:n], np.int32), kept_labels, image_start, truncated=len(ids) > n)
+        n_over = image_start + self.num_image_tokens + 1 - n           # above 0, the block does not fit
+        if image_start >= 0 and n_over > 0:
+            ids = ids[:image_start - 1 - n_over] + ids[image_start - 1:]
+            image_start -= n_over
+        return Example(item, np.array(ids[:n], np.int32), kept_labels, image_start, truncated)
 
     def caption(self, item):
         """image block, newline, caption, end token; labels: the caption and its end."""
@@ -278,7 +84,7 @@ class ChatTemplate:
         return self.example(item, ids, range(first_label, len(ids)), image_start=1)
 
     def chat(self, item):
-        """ChatML without a system turn, the image block first in the first user turn; labels: answers and ends.
+        """ChatML, the image block where it stands in the first user turn; labels: answers and ends.
 
         An answer that is None leaves its turn open: the prompt of a reply.
         """
@@ -286,11 +92,20 @@ class ChatTemplate:
         label_positions = []
         image_start = -1
         newline = self.encode('\n')
+        if item.system:
+            ids += [self.start, *self.encode('system\n'), *self.encode(item.system), self.end, *newline]
         for n, (question, answer) in enumerate(item.turns):
             ids += [self.start, *self.encode('user\n')]
             if n == 0 and item.image is not None:
+                before = question[:item.image_offset]
+                question = question[item.image_offset:]
+                ids += self.encode(before)
+                if before and not question:            # a newline beside an image at an end of the question; an image
+                    ids += newline                     # inside it has what stands there
                 image_start = len(ids) + 1             # after <|vision_start|>
-                ids += [*self.image_block, *newline]
+                ids += self.image_block
+                if not before:
+                    ids += newline
             ids += [*self.encode(question), self.end, *newline]
             ids += [self.start, *self.encode('assistant\n')]
             if answer is None:
@@ -301,10 +116,13 @@ class ChatTemplate:
             ids += newline                             # between turns, no label
         return self.example(item, ids, label_positions, image_start)
 
-    def text(self, text, name):
-        """Plain text as it stands, markers in it included; every id after the first is a label."""
-        item = Item(name, None, (('', text),))
+    def text(self, text, where):
+        """Plain text as it stands, markers in it included; every id after the first is a label, and one line ends the
+        run when there is none. where: its file and line, which are its id."""
+        item = Item(where, None, (('', text),))
         ids = self.tokenizer.encode(text, add_special_tokens=False)    # here a marker is the marker
+        if len(ids) < 2:
+            raise SystemExit(f'{where}: text is {shown(text)}, one token, which leaves nothing to predict; remove it')
         return self.example(item, ids, range(1, len(ids)), image_start=-1)
 
 
@@ -322,15 +140,25 @@ def answer_starts(example):
 # -----------------------------------------------------------------------------
 # held-out sets
 
+HASH_DIGITS = 12                                       # of a sample in split.json, 8 MB for LLaVA's 665,000
+ANEW = 'remove the file to choose anew, and train anew'
+
+
+def media_sha256(path, kind='file'):
+    """Of the bytes of a media file; raises BadSample for one that cannot be read, a pipe or a device among them."""
+    try:
+        if not stat.S_ISREG(os.stat(path).st_mode):    # a pipe would be waited for, a device has no end
+            raise BadSample(f'{path}: cannot read this {kind} (it is no file)')
+        return sha256_file(path)
+    except OSError as e:
+        raise BadSample(f'{path}: cannot read this {kind} ({e.strerror})')
+
 
 def media_key(item):
     """What a split is decided by: the bytes of the image file, never the caption; the text of a sample without one."""
     if item.image is None:
         return hashlib.sha256(repr(item.turns).encode()).hexdigest()
-    try:
-        return hashlib.sha256(Path(item.image).read_bytes()).hexdigest()
-    except OSError as e:
-        raise BadSample(f'{item.image}: cannot read this image ({e.strerror})')
+    return media_sha256(item.image, 'image')
 
 
 def media_keys(examples, bad_samples):
@@ -344,10 +172,24 @@ def media_keys(examples, bad_samples):
     return keys
 
 
-def samples_sha256(examples):
-    """Of their ids and texts, whatever their order. Not of image paths: a data set may be moved."""
-    samples = [(example.item.id, example.item.turns) for example in examples]
-    return hashlib.sha256(repr(sorted(samples)).encode()).hexdigest()
+def sample_hash(item):
+    """HASH_DIGITS hex digits over what a sample is: its texts, its image's path and size. Not over the image's bytes:
+    reading them all takes too long for every start."""
+    n_bytes = None
+    if item.image is not None and os.path.exists(item.image):
+        n_bytes = os.path.getsize(item.image)
+    content = canonical([item.id, item.image, n_bytes, item.turns, item.system, item.image_offset])
+    return hashlib.sha256(content.encode()).hexdigest()[:HASH_DIGITS]
+
+
+def sample_hashes(examples):
+    """The sample_hash of each example, in their order, as one text: where two differ is which sample differs."""
+    return ''.join(sample_hash(example.item) for example in examples)
+
+
+def data_fingerprint(examples):
+    """One sha256 over examples of chats, captions and texts, as a checkpoint keeps it."""
+    return hashlib.sha256(sample_hashes(examples).encode()).hexdigest()
 
 
 def bucket_of(n_labels, edges):
@@ -363,19 +205,17 @@ def length_buckets(counts, edges):
 
 
 def choose_split(examples, n_eval, n_golden, edges, path, bad_samples, read):
-    """Write `path`, the choice of eval and golden ids and of every id held out of training, unless it is there. Rank 0.
-    Exits when it is there and was made with another n_eval, n_golden or edges.
+    """Write `path`, the choice of eval and golden ids and of every id held out of training, unless it is there and was
+    asked for the same. Rank 0.
 
     eval and golden are balanced over the three length buckets; a picture that is in one of them, by its bytes, is in no
     other set. read(path) decodes an image: a held-out one has to be whole.
     """
-    asked = {'n_eval': n_eval, 'n_golden': n_golden, 'edges': list(edges)}
+    settings = {'n_eval': n_eval, 'n_golden': n_golden, 'bucket_edges': list(edges)}
     if Path(path).exists():
-        chosen = read_sealed(path, 'this script')
-        for name, wanted in asked.items():
-            if chosen.get(name) != wanted:
-                raise SystemExit(f'{path} was made with {name} = {chosen.get(name)!r}, this run has {wanted!r}: remove '
-                                 'the file to choose anew, then train anew')
+        for name, had in read_split(path)['settings'].items():
+            if settings.get(name) != had:
+                raise SystemExit(f'{path} was chosen with {name} = {had}, this run has {settings.get(name)}: {ANEW}')
         return
     keys = media_keys(examples, bad_samples)
     used_keys = set()
@@ -405,7 +245,7 @@ def choose_split(examples, n_eval, n_golden, edges, path, bad_samples, read):
             ids.append(id)
         return ids
 
-    chosen = {'samples_sha256': samples_sha256(examples), **asked}
+    chosen = {'settings': settings}
     for name, n in ('golden', n_golden), ('eval', n_eval):
         third = n // 3
         ids = []
@@ -419,20 +259,36 @@ def choose_split(examples, n_eval, n_golden, edges, path, bad_samples, read):
         if id not in keys or keys[id] in used_keys:
             held_out.append(id)
     chosen['held_out'] = held_out
+    chosen['media_sha256'] = {id: keys[id] for id in chosen['eval'] + chosen['golden']}
+    chosen['fingerprint'] = sample_hashes(examples)
     write_sealed(path, chosen)
 
 
+def read_split(path):
+    return read_sealed(path, 'the training script')
+
+
+def require_same_data(chosen, examples, path):
+    """Exit, naming the first sample that differs, when a split was chosen from other samples than these."""
+    had = chosen['fingerprint']
+    found = sample_hashes(examples)
+    if found != had:
+        n = len(os.path.commonprefix([had, found])) // HASH_DIGITS     # the first sample that differs
+        name = repr(examples[n].item.id) if n < len(examples) else 'which is gone'
+        raise SystemExit(f'{path} was chosen from other data ({len(had) // HASH_DIGITS} samples, now {len(examples)}): '
+                         f'the first that differs is number {n}, {name}; restore it, or {ANEW}')
+    for example in examples:
+        sha256 = chosen['media_sha256'].get(example.item.id)
+        if sha256 is not None and media_key(example.item) != sha256:
+            raise SystemExit(f'{path} was chosen from other data: {example.item.image}, the image of '
+                             f'{example.item.id!r}, has changed; restore it, or {ANEW}')
+
+
 def load_split(examples, path, n_eval):
-    """(train, eval, golden), lists of examples, as choose_split wrote it. Exits when it was made for other samples."""
+    """(train, eval, golden), lists of examples, as choose_split wrote it. Exits when it was chosen from other data."""
+    chosen = read_split(path)
+    require_same_data(chosen, examples, path)
     by_id = {example.item.id: example for example in examples}
-    chosen = read_sealed(path, 'this script')
-    for id in chosen['eval'] + chosen['golden']:
-        if id not in by_id:
-            raise SystemExit(f'{path} names {id!r}, which the data set no longer has: remove the file to choose anew, '
-                             'then train anew')
-    if chosen['samples_sha256'] != samples_sha256(examples):
-        raise SystemExit(f'{path} was made for other samples or other texts: remove the file to choose anew, then '
-                         'train anew')
     held_out = set(chosen['held_out'])
     train_set = [example for example in examples if example.item.id not in held_out]
     eval_set = [by_id[id] for id in chosen['eval']]

@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from transformers.cache_utils import DynamicCache
 
 from common import all_gather, all_sum, gather_in_order, in_parts, sha256_file, write_atomic
-from data import ChatTemplate, Item, answer_starts, length_buckets
+from data import ChatTemplate, answer_starts, length_buckets
+from lists import Item
 from media import read_image
 from model import image_settings, load_tokenizer
 

@@ -26,7 +26,7 @@ from peft import set_peft_model_state_dict
 from PIL import Image
 
 from common import frozen_dtype, init_ranks, load_checkpoint, one_line_io_errors, require_vacant
-from data import require_unicode
+from lists import text_is_unicode
 from inference import VisionChat
 from media import read_audio, read_image
 from model import load_vlm, lora
@@ -72,8 +72,9 @@ if args.temperature is not None and not args.temperature >= 0:
     parser.error('wanted a --temperature of at least 0')
 if not 0 < args.top_p <= 1:
     parser.error('wanted a --top_p above 0 and up to 1')
-for text in [*args.draw, *args.sound, args.prompt or '']:
-    require_unicode(text, 'the text asked for')        # a terminal in Latin-1 sends half characters
+for text in [args.prompt or '', *args.draw, *args.sound]:
+    if not text_is_unicode(text):                      # a terminal in Latin-1
+        raise SystemExit(f'{text!r} is not UTF-8: wanted a text in UTF-8')
 if args.export:
     require_vacant(args.export)
 

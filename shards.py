@@ -12,8 +12,9 @@ import numpy as np
 import safetensors.numpy
 from safetensors import safe_open
 
-from common import read_sealed, write_atomic, write_sealed
-from data import ChatTemplate, Example, parse_json, path_inside, plain_text, read_texts, sample_id, shuffled_index
+from common import canonical, read_sealed, write_atomic, write_sealed
+from data import ChatTemplate, Example, shuffled_index
+from lists import json_lines, path_inside, read_list, read_records, read_text_lines, require_text
 from media import BadSample
 from uti import TASKS, TokenSpace, tokenizer_sha256
 
@@ -31,50 +32,30 @@ class CaptionedMedia:
 
 
 def read_manifest(path, bad_samples):
-    """JSONL of {"id", "source"?, "image": path | "audio": path, "text"} -> [CaptionedMedia]; paths are relative to the
+    """JSONL of {"id"?, "source"?, "image": path | "audio": path, "text"} -> [CaptionedMedia]; paths are relative to the
     manifest's folder. A line that is wrong goes to bad_samples."""
-    try:
-        lines = Path(path).read_bytes().splitlines()
-    except OSError as e:
-        raise SystemExit(f'{path}: cannot read this manifest ({e.strerror}); is the path right?')
-    found = []
-    for n, line in enumerate(lines, 1):
-        where = f'{path}:{n}'
-        if not line.strip():
-            continue
-        try:
-            record = parse_json(line.decode('utf-8-sig'))   # Windows programs begin a file with a byte order mark
-        except (ValueError, RecursionError) as e:
-            bad_samples.add(where, BadSample(f'{where}: not valid JSON: {e}'), key=where)
-            continue
-        try:
-            id = sample_id(record, n)
-        except BadSample as e:
-            bad_samples.add(where, BadSample(f'{where}: {e}'), key=where)
-            continue
-        try:
-            found.append(read_manifest_record(record, id, Path(path).parent, f'{where} (id {id})'))
-        except BadSample as e:
-            bad_samples.add(id, e, key=where)
-    return found
+    def read(record, id, where):
+        return read_manifest_record(record, id, where, root=Path(path).parent)
+
+    return read_records(json_lines(read_list(path, 'manifest'), path), read, bad_samples)
 
 
-def read_manifest_record(record, id, root, where):
+def read_manifest_record(record, id, where, root):
     modalities = [modality for modality in ('image', 'audio') if record.get(modality) is not None]
     if len(modalities) != 1:
         found = ' and '.join(modalities) or 'neither image nor audio'
         raise BadSample(f'{where}: {found}, wanted one of these')
     modality = modalities[0]
     file = path_inside(root, record[modality], where, modality)
-    text = plain_text(record.get('text'), where)
-    return CaptionedMedia(id, modality, file, text)
+    text = require_text(record.get('text'), where)
+    return CaptionedMedia(id, modality, file, text.strip())
 
 
 def read_sound_folder(folder, captions_csv, bad_samples):
     """Captions as Clotho has them, a CSV of file_name, caption_1, caption_2, ..., for sounds in a folder ->
     [CaptionedMedia], one for each caption."""
     try:
-        with open(captions_csv, newline='') as f:
+        with open(captions_csv, newline='', encoding='utf-8-sig') as f:
             records = list(csv.DictReader(f))
     except OSError as e:
         raise SystemExit(f'{captions_csv}: cannot read these captions ({e.strerror}); is the path right?')
@@ -91,8 +72,8 @@ def read_sound_folder(folder, captions_csv, bad_samples):
             id = f'{record["file_name"]}#{column}'
             try:
                 file = path_inside(folder, record['file_name'], where, 'audio')
-                text = plain_text(record[column], where)
-                found.append(CaptionedMedia(id, 'audio', file, text))
+                text = require_text(record[column], where)
+                found.append(CaptionedMedia(id, 'audio', file, text.strip()))
             except BadSample as e:
                 bad_samples.add(id, e, key=f'{where} {column}')
     return found
@@ -203,6 +184,12 @@ def read_index(folder, space=None):
     return index, stored
 
 
+def shards_fingerprint(folder):
+    """One sha256 over what a folder of shards holds, by its index; a new index of the same shards has the same."""
+    index, _ = read_index(folder)
+    return hashlib.sha256(canonical([index['token_space'], index['splits']]).encode()).hexdigest()
+
+
 def read_shards(folder, split, space=None):
     """The [Record] of a split: 'train', 'eval' or 'golden'. Every file is checked against its sha256 in index.json."""
     index, space = read_index(folder, space)
@@ -305,10 +292,9 @@ def require_enough(train_sets, eval_sets, shards_dir):
 
 
 def text_examples(path, tokenizer, max_seq_len, n=None):
-    """[Example] of the first n texts of a file, but for those of a single id, which leave nothing to predict."""
+    """[Example] of the first n texts of a file."""
     template = ChatTemplate(tokenizer, 0, max_seq_len)
-    examples = [template.text(text, f'text {k}') for k, text in enumerate(read_texts(path)[:n])]
-    return [example for example in examples if len(example.label_positions)]
+    return [template.text(text, where) for where, text in read_text_lines(path)[:n]]
 
 
 # -----------------------------------------------------------------------------

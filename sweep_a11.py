@@ -52,8 +52,8 @@ def is_finished(folder):
 
 
 def run_training(command):
-    """Its exit status. SIGTERM is passed on, so that the run saves before the sweep ends; a terminal's Ctrl-C reaches it
-    without our help, and is waited for."""
+    """Its exit status. SIGTERM is passed on, so that the run saves before the sweep ends; a terminal's Ctrl-C reaches
+    it without our help, and is waited for."""
     process = subprocess.Popen(command)
     signal.signal(signal.SIGTERM, lambda number, frame: process.terminate())
     signal.signal(signal.SIGINT, lambda number, frame: None)

@@ -21,7 +21,8 @@ from common import (
     Progress, all_sum, barrier, frozen_dtype, init_ranks, load_checkpoint, provenance, reduce_gradients,
     save_checkpoint, seed_everything, shutdown_ranks)
 from configure import configure
-from data import ChatTemplate, Loader, ShuffledSampler, choose_split, image_reader, load_split, read_llava
+from data import ChatTemplate, Loader, ShuffledSampler, choose_split, image_reader, load_split
+from lists import read_llava
 from inference import ablation_means, image_ablation, write_predictions
 from media import BadSamples, contact_sheet, read_image
 from model import cache_features, image_settings, load_tokenizer, load_vlm

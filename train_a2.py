@@ -26,8 +26,8 @@ from common import (
     Progress, all_sum, barrier, frozen_dtype, in_parts, init_ranks, load_checkpoint, provenance, reduce_gradients,
     save_checkpoint, seed_everything, shutdown_ranks)
 from configure import configure
-from data import (
-    ChatTemplate, Loader, ShuffledSampler, choose_split, image_reader, load_split, read_llava, read_texts)
+from data import ChatTemplate, Loader, ShuffledSampler, choose_split, image_reader, load_split
+from lists import read_llava, read_text_lines
 from inference import ablation_means, image_ablation, write_predictions
 from media import BadSamples, contact_sheet, read_image
 from model import cache_features, image_settings, load_tokenizer, load_vlm, lora
@@ -119,13 +119,14 @@ if rank == 0:
     choose_split(examples, n_eval, n_golden, bucket_edges, path=out / 'split.json', bad_samples=bad_samples, read=read)
 barrier()
 train_set, eval_set, golden_set = load_split(examples, out / 'split.json', n_eval)
-text_set = [template.text(text, f'text {n}') for n, text in enumerate(read_texts(text_jsonl)[:n_text])]
-text_set = [example for example in text_set if len(example.label_positions)]   # one token predicts nothing
+text_set = [template.text(text, where) for where, text in read_text_lines(text_jsonl)[:n_text]]
 if replay_jsonl:
-    replay = read_texts(replay_jsonl)
+    replay = read_text_lines(replay_jsonl)
     n_replay = round(replay_share / (1 - replay_share) * len(train_set))
     picks = np.random.default_rng(seed).integers(len(replay), size=n_replay)
-    train_set += [template.text(replay[k], f'replay {n}') for n, k in enumerate(picks)]
+    for k in picks:
+        where, text = replay[k]
+        train_set.append(template.text(text, where))
 
 # model: tower and language model are frozen, connector and LoRA learn
 model = load_vlm(**model_args, dtype=dtype, device=device)

@@ -476,7 +476,7 @@ def save_sounds(folder, originals, decoded, rate):
 if __name__ == '__main__':
     import gates
     from configure import configure
-    from data import read_llava
+    from lists import read_llava
     from media import BadSamples, read_audio, read_image
     from shards import read_manifest
 

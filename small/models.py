@@ -13,7 +13,8 @@ from transformers import (
     Qwen2Tokenizer, Qwen3Config, Qwen3ForCausalLM, SiglipConfig, SiglipImageProcessorPil, SiglipModel)
 
 from common import Progress, frozen_dtype
-from data import Example, Item, collate, read_texts
+from data import Example, collate
+from lists import Item, read_texts
 from model import VLM
 from small import corpus
 from small.world import (

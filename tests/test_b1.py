@@ -11,7 +11,6 @@ from transformers import Qwen3Config
 
 import codec
 import uti
-from data import read_records
 from small.codecs import make_audio_codec, make_image_codec
 from small.make import make_captions, make_sounds
 from small.models import make_tokenizer
@@ -30,7 +29,7 @@ def world_b(tmp_path_factory):
     make_sounds(root / 'sounds', n=40)
     make_image_codec(root / 'image_codec', n_pictures=300, n_tested=32)
     make_audio_codec(root / 'audio_codec', n_clips=250, n_tested=32)
-    records = read_records(root / 'captions' / 'data.json')
+    records = json.loads((root / 'captions' / 'data.json').read_text())
     texts = [record['conversations'][1]['value'] for record in records]
     make_tokenizer(texts, n_ids=300).save_pretrained(root / 'llm')
     Qwen3Config(vocab_size=512).save_pretrained(root / 'llm')

@@ -16,7 +16,7 @@ import soundfile
 import stub_codecs
 import test_codec
 import torch
-from conftest import REPO, run_here, run_script
+from conftest import REPO, on_two_ranks, run_here, run_script
 from PIL import Image
 from transformers import AutoTokenizer, Qwen3Config
 
@@ -37,8 +37,13 @@ def run_inline(script, *args):
     """run_here, after which the out dir's lock is given up as at the end of a process."""
     locks = []
     lock_run = common.lock_run
+
+    def lock_and_note(out):
+        locks.append(lock_run(out))
+        return locks[-1]                               # training.py, first imported here, keeps this function
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(common, 'lock_run', lambda out: locks.append(lock_run(out)))
+        patch.setattr(common, 'lock_run', lock_and_note)
         result = run_here(script, *args)
     for lock in locks:
         lock.release()
@@ -261,31 +266,60 @@ def test_a_folder_of_another_plan_or_token_space_is_refused(build, world, straig
 def test_bad_media_are_skipped_with_a_reason_and_capped(build, world, tmp_path):
     shutil.copytree(world / 'sounds', tmp_path / 'sounds')
     (tmp_path / 'cut.png').write_bytes((world / 'images' / '1.png').read_bytes()[:60])
+    os.mkfifo(tmp_path / 'pipe.png')
     with open(tmp_path / 'sounds.jsonl', 'w') as f:
         f.write((world / 'sounds.jsonl').read_text())
         for record in [{'id': 'gone', 'audio': 'none.wav', 'text': 't'},
                        {'id': 'cut', 'image': 'cut.png', 'text': 't'},
-                       {'id': 's3-0', 'audio': 'sounds/3.wav', 'text': 'red'},   # the id of another: taken as s3-0#2
+                       {'id': 'pipe', 'image': 'pipe.png', 'text': 't'},
                        {'id': 'long', 'audio': 'sounds/4.wav', 'text': 'word ' * 60}]:
             f.write(json.dumps(record) + '\n')
     sounds = f"--manifests=('{tmp_path}/sounds.jsonl',)"
-    assert build(tmp_path / 'run', sounds, '--max_bad_samples=3')[0] == 0
+    assert build(tmp_path / 'run', sounds, '--max_bad_samples=4')[0] == 0
     skipped = json.loads((tmp_path / 'run' / 'report.json').read_text())['skipped']
     reasons = {record['id']: record['reason'] for record in skipped}
     wanted = {'gone': 'none.wav: cannot read this file', 'cut': 'cut.png: not a whole image',
-              'long': 'wanted at most max_seq_len = 64'}
+              'pipe': 'pipe.png: cannot read this file (it is no file)', 'long': 'wanted at most max_seq_len = 64'}
     assert reasons.keys() == wanted.keys()
     for id, reason in wanted.items():
         one_line(reasons[id], reason)
     before = files(tmp_path / 'run')
-    assert build(tmp_path / 'run', sounds, '--max_bad_samples=3')[0] == 0       # started again: not noted twice
+    assert build(tmp_path / 'run', sounds, '--max_bad_samples=4')[0] == 0       # started again: not noted twice
     assert files(tmp_path / 'run') == before
     ids = set()
     for split in shards.SPLITS:
         ids |= {record.id for record in read_shards(tmp_path / 'run', split)}
-    assert not ids & {'gone', 'cut', 'long'}
-    message, _ = build(tmp_path / 'capped', sounds, '--max_bad_samples=2')
-    one_line(message, 'set max_bad_samples above 2')
+    assert not ids & {'gone', 'cut', 'long', 'pipe'}
+    message, _ = build(tmp_path / 'capped', sounds, '--max_bad_samples=3')
+    one_line(message, 'set max_bad_samples above 3')
+
+
+def test_forty_cut_pictures_are_the_same_list_on_two_ranks_and_one_limit(build, world, tmp_path, capfd):
+    shutil.copytree(world / 'sounds', tmp_path / 'sounds')
+    whole = (world / 'images' / '1.png').read_bytes()
+    lines = (world / 'sounds.jsonl').read_text().splitlines()
+    for n in range(40):
+        (tmp_path / f'{n}.png').write_bytes(whole[:60 + n])
+        lines.append(json.dumps({'id': f'cut {n}', 'image': f'{n}.png', 'text': 't'}))
+    (tmp_path / 'sounds.jsonl').write_text('\n'.join(lines))
+    settings = f"--manifests=('{tmp_path}/sounds.jsonl',)", '--max_bad_samples=40'
+    assert build(tmp_path / 'one', *settings)[0] == 0
+    assert on_two_ranks(build, tmp_path / 'two', *settings) == [0, 0]
+    assert files(tmp_path / 'two') == files(tmp_path / 'one')
+    listed = [json.loads(line)['id'] for line in files(tmp_path / 'two')['bad_samples.jsonl'].splitlines()]
+    assert sorted(listed) == sorted(f'cut {n}' for n in range(40))
+    status = on_two_ranks(build, tmp_path / 'two', settings[0], '--max_bad_samples=39')
+    assert status[0] == 1 and 'set max_bad_samples above 39' in capfd.readouterr().err
+
+
+def test_ids_that_stand_in_several_lists_are_made_keys(build, world, tmp_path):
+    pictures = json.loads((world / 'pictures.json').read_text())
+    for record in pictures:
+        record['id'] = 's1-0'
+    (tmp_path / 'pictures.json').write_text(json.dumps(pictures))
+    assert build(tmp_path / 'run', f'--data_json={tmp_path}/pictures.json')[0] == 0
+    ids = [record.id for split in shards.SPLITS for record in read_shards(tmp_path / 'run', split)]
+    assert len(ids) == len(set(ids)) and {f's1-0#{n}' for n in range(2, 49)} <= set(ids)
 
 
 @pytest.mark.parametrize('change, found', [

@@ -1,5 +1,6 @@
 """data.py: readers, templates, splits, samplers and batches, against values worked out by hand."""
 import json
+import os
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -7,11 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import run_here
 
 import data
 from data import (
-    ChatTemplate, Example, Item, Loader, ShuffledSampler, choose_split, collate, image_reader, length_buckets,
-    load_split, padded_layout, read_llava, read_texts, shuffled_index)
+    ChatTemplate, Example, Loader, ShuffledSampler, choose_split, collate, data_fingerprint, image_reader,
+    length_buckets, load_split, padded_layout, shuffled_index)
+from lists import Item, read_llava, read_texts
 from media import BadSample, BadSamples
 
 
@@ -31,23 +34,68 @@ def record(id='bad', image='a.png', ask='<image>\nWhat?', answer='a dot', **more
     return {'id': id, 'image': image, 'conversations': turns, **more}
 
 
-def read(folder, *records, limit=0, captions=False):
-    """read_llava of these records in folder/data.json, pictures in folder/images."""
+def read_content(folder, content, limit=0, captions=False):
+    """read_llava of a list with this content, pictures in folder/images."""
     (folder / 'images').mkdir(exist_ok=True)
-    (folder / 'data.json').write_text(json.dumps(records))
+    (folder / 'data.json').write_bytes(content.encode())
     bad_samples = BadSamples(folder / 'bad_samples.jsonl', limit)
     return read_llava(folder / 'data.json', folder / 'images', bad_samples, captions=captions)
 
 
+def read(folder, *records, **how):
+    return read_content(folder, json.dumps(records), **how)
+
+
 def test_a_chat_and_a_caption_are_read_without_their_image_marks(tmp_path):
     image = str(tmp_path / 'images' / 'a.png')
-    assert read(tmp_path, record('one', ask='What?\n<image>')) == [Item('one', image, (('What?', 'a dot'),))]
-    assert read(tmp_path, record('one'), captions=True) == [Item('one', image, (('', 'a dot'),))]
+    assert read(tmp_path, record('one')) == [Item('one', image, (('What?', 'a dot'),))]
+    assert read(tmp_path, record('one', ask='What?\n<image>'), captions=True) == [Item('one', image, (('', 'a dot'),))]
     text_only = {'id': 7, 'conversations': record(ask='Why?')['conversations']}
     assert read(tmp_path, text_only) == [Item('7', None, (('Why?', 'a dot'),))]
 
 
+@pytest.mark.parametrize('ask, question, before', [
+    ('<image>\nWhat?', 'What?', ''), ('<image>What?', 'What?', ''), ('<image>', '', ''),
+    ('What?\n<image>', 'What?', 'What?'), ('What? <image>\n', 'What?', 'What?'), ('Is <image> big?', 'Is  big?', 'Is '),
+    ('Is\n<image>\nbig?', 'Is\n\nbig?', 'Is\n')])
+def test_the_image_stays_where_its_mark_stands(tmp_path, ask, question, before):
+    [item] = read(tmp_path, record(ask=ask))
+    assert item.turns == ((question, 'a dot'),) and question[:item.image_offset] == before
+
+
 HUMAN, GPT = record()['conversations']
+SYSTEM = {'from': 'system', 'value': 'Be brief.'}
+BOM = '\ufeff'
+WHOLE = {
+    'a byte order mark': BOM + json.dumps([record()]),
+    'JSONL': f'{json.dumps(record())}\r\n\n',
+    'JSONL with a byte order mark': f'{BOM}\n{json.dumps(record())}',
+    'a line separator inside a text': json.dumps(record(ask='<image>\nOne\u2028two?'), ensure_ascii=False),
+    'a list of one image': json.dumps([record(image=['a.png'])]),
+    'a system turn': json.dumps([record(conversations=[SYSTEM, HUMAN, GPT])]),
+    'a number as id': json.dumps([record(7)]),
+    'NaN where nothing looks': json.dumps([record(score=float('nan'))]),
+}
+
+
+@pytest.mark.parametrize('kind', WHOLE)
+def test_lists_are_taken_as_they_come(tmp_path, kind):
+    [item] = read_content(tmp_path, WHOLE[kind])
+    question = 'One\u2028two?' if 'separator' in kind else 'What?'
+    system = 'Be brief.' if 'system' in kind else ''
+    id = '7' if 'number' in kind else 'bad'
+    assert item == Item(id, str(tmp_path / 'images' / 'a.png'), ((question, 'a dot'),), system)
+
+
+def test_an_id_that_comes_again_gets_a_number_and_so_does_a_sample_without_one(tmp_path):
+    given = ['a', 'a', 'a#2', 3, '3', 'a', None, '', 'a#2']
+    records = [record(id) for id in given]
+    del records[6]['id']
+    wanted = ['a', 'a#2', 'a#2#2', '3', '3#2', 'a#3', '6', '7', 'a#2#3']
+    assert [item.id for item in read(tmp_path, *records)] == wanted
+    records[1] = record('a', answer='')                # a bad one has its number too: repaired, it moves no other
+    assert [item.id for item in read(tmp_path, *records, limit=1)] == wanted[:1] + wanted[2:]
+    assert json.loads((tmp_path / 'bad_samples.jsonl').read_text())['id'] == 'a#2'
 
 
 @pytest.mark.parametrize('sample, says', [
@@ -55,48 +103,41 @@ HUMAN, GPT = record()['conversations']
     (record(image='/etc/passwd'), 'leaves the image root'),
     (record(image='https://example.com/a.png'), 'leaves the image root'),
     (record(image='link/a.png'), 'link out of the image root'),
-    (record(image=3), 'wanted a path'),
+    (record(image=3), 'image is 3, wanted a path'),
+    (record(image=float('nan')), 'image is NaN, wanted a path'),
     (record(image=['a.png', 'b.png']), '2 images, wanted one'),
+    (record(image=[['a.png']]), 'image is a list, wanted a path'),
     (record(image='a\0.png'), 'is no file name'),
-    (record(id=[1]), 'id is [1], wanted a text or a whole number'),
-    ('bad', 'is a JSON str, wanted an object'),
+    (record(1.5), 'id is 1.5, wanted text or a whole number'),
+    (record(True), 'id is true'),
+    (record(['x']), 'id is a list'),
+    (record('\ud83d'), r'id is "\ud83d"'),
+    ('bad', 'found "bad", wanted an object'),
     (record(answer=' \n'), 'an empty answer'),
     (record(answer='a \ud800 dot'), 'not Unicode'),
     (record(conversations=[HUMAN, GPT, HUMAN]), 'in pairs'),
+    (record(conversations=[SYSTEM, HUMAN]), 'in pairs'),
     (record(conversations=[]), 'in pairs'),
     (record(conversations=[GPT, HUMAN]), 'alternate human and gpt'),
+    (record(conversations=[HUMAN, GPT, SYSTEM, GPT]), 'alternate human and gpt'),
     (record(conversations=[HUMAN, {'from': 'gpt'}]), 'alternate human and gpt'),
     (record(ask='<image><image>\nWhat?'), '2 <image> marks for 1 images'),
     (record(ask='What?'), '0 <image> marks for 1 images'),
-    (record(image=None), '1 <image> marks for 0 images')], ids=lambda value: value if isinstance(value, str) else '')
-def test_a_bad_sample_is_left_out_and_its_line_says_why(tmp_path, sample, says):
+    (record(image=None), '1 <image> marks for 0 images'),
+    (record(image=[]), '1 <image> marks for 0 images'),
+    (record(conversations=[HUMAN, GPT, HUMAN, GPT]), '<image> in question 2, wanted it in the first'),
+    (record(ask='<video>\nWhat?', image=None), '<video> in question 1, wanted an image'),
+    (record(image=None, video='a.mp4'), 'a video, wanted an image'),
+], ids=lambda value: value if isinstance(value, str) else '')
+@pytest.mark.parametrize('ending', ['json', 'jsonl'])
+def test_a_bad_sample_is_left_out_and_its_line_says_why(tmp_path, sample, says, ending):
     (tmp_path / 'images').mkdir()
     (tmp_path / 'images' / 'link').symlink_to(tmp_path)
-    assert [item.id for item in read(tmp_path, record('good'), sample, limit=1)] == ['good']
+    records = [record('good'), sample]
+    content = json.dumps(records) if ending == 'json' else '\n'.join(map(json.dumps, records))
+    assert [item.id for item in read_content(tmp_path, content, limit=1)] == ['good']
     line = json.loads((tmp_path / 'bad_samples.jsonl').read_text())
-    one_line(line['reason'], tmp_path / 'data.json', 'sample 1', says)
-
-
-def test_ids_are_no_keys_and_a_sample_without_one_has_its_number(tmp_path):
-    """LLaVA-Instruct has several chats under the number of one picture."""
-    nameless = record()
-    del nameless['id']
-    samples = [record('33'), record('33', answer='other'), record(33), nameless, record('33#2'), record('33')]
-    items = read(tmp_path, *samples)
-    assert [item.id for item in items] == ['33', '33#2', '33#3', '3', '33#2#2', '33#4']
-    assert items[0].turns != items[1].turns
-
-
-def test_a_list_may_have_one_sample_a_line_a_byte_order_mark_and_images_as_lists(tmp_path):
-    samples = [record('one', image=['a.png']), record('two', answer='line\u2028end'),
-               record('three', image=[], ask='Why?')]
-    lines = [json.dumps(sample, ensure_ascii=False) for sample in samples]
-    for text in '\n'.join([*lines, '']), f'[{",".join(lines)}]':
-        (tmp_path / 'data.json').write_text('\ufeff' + text)
-        items = read_llava(tmp_path / 'data.json', tmp_path, BadSamples(tmp_path / 'bad.jsonl', 0))
-        assert [item.id for item in items] == ['one', 'two', 'three']
-        assert items[0].image == str(tmp_path / 'a.png') and items[2].image is None
-        assert items[1].turns[0][1] == 'line\u2028end'
+    one_line(line['reason'], tmp_path / 'data.json', ', sample 1' if ending == 'json' else ':2', says)
 
 
 def test_a_caption_without_an_image_is_a_bad_sample(tmp_path):
@@ -106,9 +147,8 @@ def test_a_caption_without_an_image_is_a_bad_sample(tmp_path):
 
 
 @pytest.mark.parametrize('text, says', [
-    ('[{"id": NaN}]', 'NaN is not JSON'), ('[{"id": 1, "id": 2}]', "'id' stands twice"),
-    ('{\n"id": 1}', 'wanted a list of samples, or one a line'), ('7', 'found a JSON int, wanted a list'),
-    ('[{"id": 1}', 'not valid JSON'), ('[]', 'no usable sample'),
+    ('[{"id": 1, "id": 2}]', "'id' stands twice"), ('{\n"data": []}', 'found a dict, wanted a list'),
+    ('[{"id": 1}', 'not valid JSON'), ('[]', 'no usable sample'), ('', 'not valid JSON'),
     pytest.param('[' * 100_000, 'not valid JSON', id='too deep')])
 def test_a_broken_data_set_ends_the_run_with_one_line(tmp_path, text, says):
     (tmp_path / 'data.json').write_text(text)
@@ -120,36 +160,42 @@ def test_a_broken_data_set_ends_the_run_with_one_line(tmp_path, text, says):
 def test_one_bad_sample_more_than_the_limit_ends_the_run(tmp_path):
     with pytest.raises(SystemExit) as e:
         read(tmp_path, record('good'), record(answer=''))
-    one_line(e.value, tmp_path / 'data.json', 'id bad', 'an empty answer', 'max_bad_samples above 0')
+    one_line(e.value, tmp_path / 'data.json', "id 'bad'", 'an empty answer', 'max_bad_samples above 0')
     assert not (tmp_path / 'bad_samples.jsonl').exists()
-    with pytest.raises(SystemExit):                    # bad ones of one id count each
-        read(tmp_path, *[record(answer='')] * 4, limit=2)
+    with pytest.raises(SystemExit):                    # every one of the same id counts
+        read(tmp_path, record('good'), *[record(answer='')] * 3, limit=2)
 
 
 def test_texts_are_read_as_they_stand(tmp_path):
     path = tmp_path / 'text.jsonl'
-    path.write_text('\ufeff{"text": " one"}\n\n{"text": "two\u2028three", "more": 1}\r\n')
-    assert read_texts(path) == [' one', 'two\u2028three']
-    with pytest.raises(SystemExit) as e:
-        read_texts(tmp_path / 'none')
-    one_line(e.value, tmp_path / 'none', 'cannot read this text file')
+    path.write_text(f'{BOM}{{"text": "one"}}\n\n{BOM}{{"text": " two\u2028\\n"}}\r\n')
+    assert read_texts(path) == ['one', ' two\u2028\n']
     path.write_text('\n')
-    with pytest.raises(SystemExit) as e:
-        read_texts(path)
-    one_line(e.value, path, 'holds no text')
+    for name, says in ('text.jsonl', 'holds no text'), ('none', 'cannot read this text file'):
+        with pytest.raises(SystemExit) as e:
+            read_texts(tmp_path / name)
+        one_line(e.value, tmp_path / name, says)
 
 
 @pytest.mark.parametrize('line, says', [
-    ('{"txt": "one"}', 'text is None'), ('{"text": null}', 'text is None'), ('{"text": 2024}', 'text is 2024'),
-    ('{"text": ["a"]}', "text is ['a']"), ('{"text": " "}', "text is ' '"), ('{"text": "x \\ud83d"}', 'not Unicode'),
-    ('"text"', 'found a JSON str'), ('{"text": "one"', 'not valid JSON'), ('[' * 100_000, 'not valid JSON')],
-    ids=lambda value: value[:20])
-def test_a_line_that_is_no_text_is_named(tmp_path, line, says):
+    ('{"text": null}', 'text is null'), ('{"text": 2024}', 'text is 2024'), ('{"text": NaN}', 'text is NaN'),
+    ('{"text": ["a"]}', 'text is a list'), ('{"text": ""}', 'text is ""'), ('{"text": " \\n"}', r'text is " \n"'),
+    (r'{"text": "x \ud83d"}', r'text is "x \ud83d", which is not Unicode'), ('{"txt": "one"}', 'found no "text"'),
+    ('["one"]', 'found no "text"'), ('"text"', 'found no "text"'), ('{"text": "one"', 'not valid JSON'),
+    ('{"text": "one", "text": "two"}', "key 'text' stands twice"), ('\udce9', 'not valid JSON'),
+    pytest.param('{"text": ' + '[' * 100_000, 'not valid JSON', id='too deep')])
+def test_a_line_without_a_text_is_named(tmp_path, line, says):
     path = tmp_path / 'text.jsonl'
-    path.write_text('{"text": "fine"}\n' + line)
+    path.write_bytes(f'{{"text": "one"}}\n\n{line}\n'.encode(errors='surrogateescape'))
     with pytest.raises(SystemExit) as e:
         read_texts(path)
-    one_line(e.value, f'{path}:2', says)
+    one_line(e.value, f'{path}:3', says)
+
+
+@pytest.mark.parametrize('flag', ['--prompt', '--draw', '--sound'])
+def test_a_text_on_the_command_line_that_is_not_utf8_is_one_line(flag):
+    code, _ = run_here('sample.py', 'no run', '--image', 'a.png', flag, 'caf\udce9')      # as Latin-1 comes
+    one_line(code, r"'caf\udce9' is not UTF-8")
 
 
 # -----------------------------------------------------------------------------
@@ -192,6 +238,35 @@ def test_the_labels_of_a_chat_are_its_answers_and_their_end_tokens():
         *user, ord('R'), 5, 10, *assistant, ord('B'), ord('C'), 5, 10]
     assert (example.label_positions.tolist(), example.image_start) == ([25, 26, 48, 49, 50], 7)
     assert data.answer_starts(example) == [25, 48]
+
+
+def test_a_system_turn_comes_first_and_has_no_label():
+    turns = (('Q', 'A'),)
+    plain = LETTERS.chat(Item('a', 'a.png', turns))
+    example = LETTERS.chat(Item('a', 'a.png', turns, system='S'))
+    system = [4, *map(ord, 'system\nS'), 5, 10]
+    assert example.ids.tolist() == [*system, *plain.ids.tolist()]
+    assert example.label_positions.tolist() == [len(system) + position for position in plain.label_positions]
+    assert example.image_start == len(system) + plain.image_start
+
+
+@pytest.mark.parametrize('offset, before, after', [(0, '', '\nQ R'), (3, 'Q R\n', ''), (2, 'Q ', 'R')])
+def test_an_image_stands_where_its_item_says(offset, before, after):
+    example = LETTERS.chat(Item('a', 'a.png', (('Q R', 'A'),), image_offset=offset))
+    start = [4, *map(ord, f'user\n{before}'), 1, 3, 3, 2, *map(ord, after), 5]
+    assert example.ids[:len(start)].tolist() == start
+    assert example.ids[example.image_start:].tolist() == start[example.image_start:] + [
+        10, 4, *map(ord, 'assistant\nA'), 5, 10]
+    assert example.ids[example.image_start] == 3
+
+
+def test_a_long_text_before_an_image_is_cut_and_the_image_is_whole():
+    template = ChatTemplate(Letters(), 2, 20)
+    example = template.chat(Item('a', 'a.png', (('Q' * 40, 'A'),), image_offset=40))
+    assert example.ids.tolist() == [4, *map(ord, 'user\nQQQQQQQQQQ'), 1, 3, 3, 2]
+    assert (example.image_start, example.label_positions.tolist(), example.truncated) == (17, [], True)
+    batch = collate([example, TEXT_ONLY], [np.ones((3, 2, 2), np.uint8), None], num_image_tokens=2)
+    assert batch.input_ids[batch.image_positions].tolist() == [3, 3]
 
 
 def test_an_open_turn_ends_with_the_assistant_header_and_has_no_label():
@@ -244,6 +319,9 @@ def test_every_id_of_a_text_after_the_first_is_a_label_and_its_markers_are_marke
     assert example.ids[[0, -1]].tolist() == ends and tokenizer.decode(example.ids) == text
     assert example.label_positions.tolist() == list(range(1, len(example)))
     assert (example.item.id, example.image_start) == ('replay 7', -1)
+    with pytest.raises(SystemExit) as e:               # nothing is before it to predict it
+        LETTERS.text('a', 'text.jsonl:7')
+    one_line(e.value, 'text.jsonl:7: text is "a", one token')
 
 
 # -----------------------------------------------------------------------------
@@ -267,9 +345,9 @@ def make_examples(folder, n, captions=(1,)):
     return examples
 
 
-def split(examples, folder, n_eval=30, n_golden=9, read=lambda path: path):
+def split(examples, folder, n_eval=30, n_golden=9, edges=(10, 20), read=lambda path: path):
     path = folder / 'split.json'
-    choose_split(examples, n_eval, n_golden, (10, 20), path=path, bad_samples=BadSamples(folder / 'bad.jsonl', 99),
+    choose_split(examples, n_eval, n_golden, edges, path=path, bad_samples=BadSamples(folder / 'bad.jsonl', 99),
                  read=read)
     return load_split(examples, path, n_eval)
 
@@ -311,39 +389,85 @@ def test_a_split_is_written_once_and_used_again(tmp_path):
 
     def fails(path):
         raise AssertionError('read again')
-    again = split(examples[::-1], tmp_path, read=fails)
-    assert [ids(part) for part in again[1:]] == [ids(part) for part in first[1:]]
-    assert set(ids(again[0])) == set(ids(first[0]))
+    again = split(examples, tmp_path, read=fails)
+    assert [ids(part) for part in again] == [ids(part) for part in first]
     assert (tmp_path / 'split.json').read_text() == text
+    assert [ids(part) for part in split(examples[::-1], tmp_path / 'other')[1:]] == [ids(part) for part in first[1:]]
 
 
-def test_a_split_is_refused_when_a_sample_has_gone_or_come(tmp_path):
-    examples = make_examples(tmp_path, 60)
-    held_out = split(examples, tmp_path)[1][0]
-    with pytest.raises(SystemExit) as e:
-        split([example for example in examples if example is not held_out], tmp_path)
-    one_line(e.value, tmp_path / 'split.json', repr(held_out.item.id), 'remove the file')
-    with pytest.raises(SystemExit) as e:               # it may show a held-out picture
-        split([*examples, example_of('late', held_out.item.image)], tmp_path)
-    one_line(e.value, tmp_path / 'split.json', 'remove the file')
+def changed(examples, n, **change):
+    """The examples with another item in the place of number n."""
+    return [*examples[:n], replace(examples[n], item=replace(examples[n].item, **change)), *examples[n + 1:]]
 
 
-def test_a_split_is_refused_for_other_texts_other_sizes_and_when_a_bit_has_flipped(tmp_path):
+DIFFERENT = {
+    'gone': lambda examples: (examples[:40] + examples[41:], 40),
+    'gone from the end': lambda examples: (examples[:-1], 59),
+    'come': lambda examples: ([*examples, replace(examples[0], item=replace(examples[0].item, id='late'))], 60),
+    'in another order': lambda examples: ([*examples[:7], *examples[:6:-1]], 7),
+    'id': lambda examples: (changed(examples, 3, id='other'), 3),
+    'answer': lambda examples: (changed(examples, 4, turns=(('', 'rewritten'),)), 4),
+    'system': lambda examples: (changed(examples, 5, system='Be brief.'), 5),
+    'image': lambda examples: (changed(examples, 6, image=examples[7].item.image), 6),
+    'place of the image': lambda examples: (changed(examples, 8, image_offset=1), 8)}
+
+
+@pytest.mark.parametrize('kind', DIFFERENT)
+def test_a_split_of_other_samples_is_refused_and_the_first_one_named(tmp_path, kind):
     examples = make_examples(tmp_path, 60)
     split(examples, tmp_path)
-    item = replace(examples[7].item, turns=(('', 'another caption'),))
+    others, n = DIFFERENT[kind](examples)
     with pytest.raises(SystemExit) as e:
-        split([*examples[:7], replace(examples[7], item=item), *examples[8:]], tmp_path)
-    one_line(e.value, tmp_path / 'split.json', 'other texts')
-    with pytest.raises(SystemExit) as e:
-        split(examples, tmp_path, n_eval=24)
-    one_line(e.value, tmp_path / 'split.json', 'was made with n_eval = 30, this run has 24')
-    whole = (tmp_path / 'split.json').read_text()
-    for damaged in whole.replace('-0', '-1', 1), '{}', whole[:100], '':
-        (tmp_path / 'split.json').write_text(damaged)
+        split(others, tmp_path)
+    assert data_fingerprint(others) != data_fingerprint(examples)
+    name = others[n].item.id if n < len(others) else 'gone'
+    one_line(e.value, tmp_path / 'split.json', f'number {n}, ', name, 'remove the file to choose anew')
+
+
+def test_a_split_of_other_pictures_is_refused(tmp_path):
+    examples = make_examples(tmp_path, 60)
+    train_set, eval_set, _ = split(examples, tmp_path)
+    for example, content in (train_set[0], 'of another size'), (eval_set[0], None):
+        path = Path(example.item.image)
+        whole = path.read_bytes()
+        path.write_bytes(whole[::-1] if content is None else content.encode())   # held out: its bytes, not its size
         with pytest.raises(SystemExit) as e:
             split(examples, tmp_path)
-        one_line(e.value, tmp_path / 'split.json')
+        one_line(e.value, tmp_path / 'split.json', repr(example.item.id), 'restore it')
+        path.write_bytes(whole)
+    split(examples, tmp_path)
+
+
+@pytest.mark.parametrize('changed', [{'n_eval': 24}, {'n_golden': 6}, {'edges': (5, 20)}])
+def test_a_split_that_was_asked_for_otherwise_is_refused(tmp_path, changed):
+    examples = make_examples(tmp_path, 60)
+    split(examples, tmp_path)
+    with pytest.raises(SystemExit) as e:
+        split(examples, tmp_path, **changed)
+    [(name, value)] = changed.items()
+    one_line(e.value, tmp_path / 'split.json', name, f'this run has {list(value) if name == "edges" else value}')
+
+
+@pytest.mark.parametrize('damage', [
+    lambda body: b'{}', lambda body: b'', lambda body: body[:len(body) // 2], lambda body: b'[1]',
+    lambda body: body.replace(b'"0-0-0"', b'"1-0-0"', 1),
+    lambda body: body[:900] + bytes([body[900] ^ 1]) + body[901:]])
+def test_a_damaged_split_is_refused(tmp_path, damage):
+    examples = make_examples(tmp_path, 60)
+    split(examples, tmp_path)
+    path = tmp_path / 'split.json'
+    path.write_bytes(damage(path.read_bytes()))
+    for part_of_start in load_split, lambda *args: split(examples, tmp_path):
+        with pytest.raises(SystemExit) as e:
+            part_of_start(examples, path, 30)
+        one_line(e.value, path, 'remove it')
+
+
+def test_a_pipe_is_no_picture(tmp_path):
+    os.mkfifo(tmp_path / 'a.png')
+    with pytest.raises(BadSample) as e:
+        data.media_key(Item('a', str(tmp_path / 'a.png'), ()))
+    one_line(e.value, tmp_path / 'a.png', 'cannot read this image')
 
 
 def test_an_unreadable_picture_is_not_held_out(tmp_path):
@@ -368,6 +492,43 @@ def test_too_little_data_to_split_ends_the_run_with_one_line(tmp_path):
     with pytest.raises(SystemExit) as e:
         split(make_examples(tmp_path, 9), tmp_path)
     one_line(e.value, '9 samples', 'add data or lower n_eval')
+
+
+# -----------------------------------------------------------------------------
+# a run of A2
+
+
+@pytest.mark.stage
+def test_a2_takes_lists_as_they_come_and_goes_on_over_the_same_data_alone(a2_config, tiny, tmp_path):
+    """One id for all, JSONL with a byte order mark; of three chats one is of text alone, one has a system turn and its
+    image at the end."""
+    chats = json.loads((tiny / 'instruct' / 'data.json').read_text())
+    for n, chat in enumerate(chats):
+        turns = chat['conversations']
+        question = turns[0]['value'].replace('<image>', '').strip()
+        chat['id'] = '000000033471'
+        if n % 3 == 0:
+            turns[0]['value'] = question
+            del chat['image']
+        elif n % 3 == 1:
+            turns[0]['value'] = f'{question}\n<image>'
+            turns.insert(0, SYSTEM)
+            chat['image'] = [chat['image']]
+    path = tmp_path / 'chats.json'
+    command = ('train_a2.py', a2_config, f'--out_dir={tmp_path}/out', f'--data_json={path}', '--epoch_samples=16',
+               '--micro_batch_size=1', '--eval_every=2', f'--feature_cache={tmp_path}/features')
+
+    def write():
+        path.write_text(BOM + '\n'.join(json.dumps(chat) for chat in chats))
+    write()
+    code, printed = run_here(*command)
+    assert code in (0, 1) and 'examples to train on' in printed and (tmp_path / 'out' / 'gates.json').exists(), code
+    predictions = [json.loads(line) for line in (tmp_path / 'out' / 'predictions.jsonl').read_text().splitlines()]
+    assert predictions and all(line['image'] and line['id'].startswith('000000033471') for line in predictions)
+    chats[9]['conversations'][1]['value'] = 'rewritten'
+    write()
+    code, _ = run_here(*command, '--resume=True')
+    one_line(code, 'split.json was chosen from other data', "number 9, '000000033471#10'")
 
 
 # -----------------------------------------------------------------------------

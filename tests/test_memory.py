@@ -16,7 +16,8 @@ from test_real_configs import QWEN3, SO400M
 from transformers import Qwen3Config, Qwen3ForCausalLM, SiglipVisionConfig, SiglipVisionModel
 
 from configure import configure
-from data import Example, Item, collate
+from data import Example, collate
+from lists import Item
 from model import VLM, Connector, Tower
 from token_model import TokenModel
 from tools.memory import LORA_TARGETS, PLAN, Step, Trained, memory_needed, table

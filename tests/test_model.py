@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, Qwen3ForCausalLM, SiglipImageProcessorPil, SiglipVisionConfig, SiglipVisionModel
 
 import model
-from data import ChatTemplate, Item, Loader, collate, image_reader, padded_layout, read_llava
+from data import ChatTemplate, Loader, collate, image_reader, padded_layout
+from lists import Item, read_llava
 from media import BadSample, BadSamples, read_image
 from inference import (
     VisionChat, ablation_means, complete_examples, generate, image_ablation, pick, token_moments)

@@ -12,11 +12,13 @@ import numpy as np
 import pytest
 import soundfile
 import test_codec
+import test_data
 import torch
 from conftest import REPO, assert_close_run, read_log, run_here
 from PIL import Image
 
 import data
+import lists
 import media
 import shards
 from media import BadSamples
@@ -64,13 +66,15 @@ def make_mine(folder):
         path = folder / 'pictures' / ('cat' if n == 0 else f'more/{n:02d}')
         picture = Image.fromarray(rng.integers(0, 256, (24, 32, 3), np.uint8))
         picture.save(f'{path}.png' if n % 2 == 0 else f'{path}.jpg')
-        path.with_suffix('.txt').write_text(f'a {colour} circle{more}\na {colour} shape\n')
+        # as some editors write it, the lines of some word processors inside
+        path.with_suffix('.txt').write_text(f'\ufeffa {colour} circle{more}\r\na\u2028{colour} shape\n')
         if n % 3 == 0:
             path.with_suffix('.chat.txt').write_text('What colour is it?\nred\nHow many are there?\none\n')
         path = folder / 'sounds' / ('bell' if n == 0 else f'{n:02d}')
         soundfile.write(f'{path}.wav' if n % 2 == 0 else f'{path}.flac', rng.uniform(-0.5, 0.5, 6_000), 22_050)
         path.with_suffix('.txt').write_text(f'a {("high", "low")[n % 2]} tone\n')
-    (folder / 'texts' / 'notes.txt').write_text('\n\n'.join(f'There are {n} red boxes and a ball.' for n in range(40)))
+    notes = [f'There are {n} red boxes and a ball.' for n in range(40)]
+    (folder / 'texts' / 'notes.txt').write_text('\n\n'.join(['\ufeffNotes', *notes]))
 
 
 @pytest.fixture
@@ -108,7 +112,8 @@ def test_every_command_of_the_page_on_your_own_data_runs_in_its_order(checkout, 
     out = checkout / 'out'
     captions = json.loads((mine / 'captions.json').read_text())
     chats = json.loads((mine / 'chats.json').read_text())
-    assert (len(captions), len(chats)) == (120, 60) and len(data.read_texts(mine / 'replay_text.jsonl')) == 36
+    assert {caption['conversations'][1]['value'][:1] for caption in captions} == {'a'}     # and no byte order mark
+    assert (len(captions), len(chats)) == (120, 60) and len(lists.read_texts(mine / 'replay_text.jsonl')) == 36
     assert sum(len(chat['conversations']) == 4 for chat in chats) == 20
     for name in ('mine_a1/golden/step_000002.png', 'mine_a2_export/adapter_model.safetensors',
                  'mine_drawn/draw_0_0.png', 'mine_drawn/sound_0_0.wav', 'mine_b4_export/model.safetensors'):
@@ -123,11 +128,11 @@ def test_every_command_of_the_page_on_your_own_data_runs_in_its_order(checkout, 
 
 
 def read_chat(folder, **change):
-    """read_llava of a list of one chat, with something changed in it."""
+    """read_llava of a list of one chat with something changed in it."""
     turns = [{'from': 'human', 'value': '<image>\nWhat?'}, {'from': 'gpt', 'value': 'red'}]
     chat = {'id': '1', 'image': 'a.png', 'conversations': turns, **change}
     (folder / 'chats.json').write_text(json.dumps([chat]))
-    data.read_llava(folder / 'chats.json', folder, BadSamples(folder / 'bad.jsonl', 0))
+    lists.read_llava(folder / 'chats.json', folder, BadSamples(folder / 'bad.jsonl', 0))
 
 
 def read_line(folder, **change):
@@ -140,7 +145,7 @@ def read_link(folder):
     (folder / 'elsewhere').mkdir()
     (folder / 'root').mkdir()
     (folder / 'root' / 'a.png').symlink_to(folder / 'elsewhere')
-    data.path_inside(folder / 'root', 'a.png', 'sample 0')
+    lists.path_inside(folder / 'root', 'a.png', 'sample 0')
 
 
 def read_cut_picture(folder):
@@ -156,28 +161,45 @@ def read_sound(folder, wave, n_bytes=None):
 
 
 def split_too_few(folder):
-    examples = [data.Example(data.Item('1', None, ()), np.arange(4), np.arange(2), -1, False)]
+    examples = [data.Example(lists.Item('1', None, ()), np.arange(4), np.arange(2), -1, False)]
     data.choose_split(examples, 8, 8, edges=(10, 20), path=folder / 'split.json', bad_samples=None, read=None)
     data.load_split(examples, folder / 'split.json', 8)
 
 
+def read_text(folder, text):
+    (folder / 'text.jsonl').write_text(json.dumps({'text': text}))
+    [(where, text)] = lists.read_text_lines(folder / 'text.jsonl')
+    data.ChatTemplate(test_data.Letters(), 2, 64).text(text, where)
+
+
+def change_a_caption(folder):
+    examples = test_data.make_examples(folder, 60)
+    test_data.split(examples, folder)
+    test_data.split(test_data.changed(examples, 7, turns=(('', 'another'),)), folder)
+
+
 QUESTION = {'from': 'human', 'value': 'What?'}
+SHOWN = {'from': 'human', 'value': '<image>\nWhat?'}
 ANSWER = {'from': 'gpt', 'value': 'red'}
 NO_ANSWER = {'from': 'gpt', 'value': ' '}
 PROVOKE = {
-    'cannot read this image': lambda folder: data.media_key(data.Item('1', str(folder / 'none.png'), ())),
+    'cannot read this image': lambda folder: data.media_key(lists.Item('1', str(folder / 'none.png'), ())),
     'not a whole image': read_cut_picture,
     'leaves the image root': lambda folder: read_chat(folder, image='../a.png'),
     'is a link out of the image root': read_link,
     'is not a list of human and gpt turns in pairs': lambda folder: read_chat(folder, conversations=[QUESTION]),
     'an empty answer': lambda folder: read_chat(folder, conversations=[QUESTION, NO_ANSWER]),
     'wanted one each': lambda folder: read_chat(folder, conversations=[QUESTION, ANSWER]),
+    'wanted it in the first': lambda folder: read_chat(folder, conversations=2 * [SHOWN, ANSWER]),
     'to evaluate on: add data or lower n_eval and n_golden': split_too_few,
     'silent in its first': lambda folder: read_sound(folder, np.zeros(8000)),
     'truncated': lambda folder: read_sound(folder, np.full(8000, 0.5), n_bytes=5000),
     'not a whole sound': lambda folder: read_sound(folder, np.zeros(0), n_bytes=3),
     'neither image nor audio': read_line,
-    'wanted some': lambda folder: read_line(folder, audio='a.wav', text='')}
+    'wanted some': lambda folder: read_line(folder, audio='a.wav', text=''),
+    'which is not Unicode': lambda folder: read_text(folder, 'x \ud83d'),
+    'one token': lambda folder: read_text(folder, 'a'),
+    'was chosen from other data': change_a_caption}
 FAILS = re.findall(r'^\| `(.+?)` \|', OWN[OWN.index('## What fails'):], re.MULTILINE)
 
 

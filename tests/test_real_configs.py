@@ -7,7 +7,8 @@ from test_docs import settings_of
 from transformers import Qwen3Config, Qwen3ForCausalLM, SiglipVisionConfig, SiglipVisionModel
 
 from configure import configure
-from data import Example, Item, collate
+from data import Example, collate
+from lists import Item
 from model import VLM, Connector, Tower, lora
 from shards import Record, token_example
 from token_model import TokenModel

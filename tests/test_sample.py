@@ -13,7 +13,8 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, SiglipModel
 
 from common import sha256_file
-from data import ChatTemplate, Item
+from data import ChatTemplate
+from lists import Item
 from gates import conclude, exactly
 from tools.export import escaped, load_exported, write_card
 
@@ -56,7 +57,7 @@ def test_sampling_is_repeated_by_its_seed_and_zero_is_greedy(a1_run, tiny):
     (('--image', 'none.png'), 'none.png: no such image'),
     (('--image', 'none.png', '--prompt', ''), 'takes no --prompt'),
     (('--draw', 'a circle'), 'which sees pictures only'),
-    (('--draw', 'caf\udce9'), 'not Unicode'),         # of a terminal in Latin-1
+    (('--draw', 'caf\udce9'), 'is not UTF-8'),        # of a terminal in Latin-1
     (('--image', 'none.png', '--llm', '/no/where'), '/no/where: no Hugging Face model here'),
     (('--image', 'none.png', '--top_p', '2'), 'wanted a --top_p'),
     (('--export', 'folder', '--image', 'x.png'), '--export goes alone'),

@@ -13,9 +13,9 @@ from common import read_sealed, write_sealed
 from data import Loader, collate
 from media import BadSamples
 from shards import (
-    Caption, Medium, MixtureSampler, Record, load_shard, prompt_of, read_index, read_manifest, read_shards,
-    read_sound_folder, require_enough, task_shares, text_examples, token_example, token_sets, with_media, with_prompt,
-    write_shard)
+    Caption, CaptionedMedia, Medium, MixtureSampler, Record, load_shard, prompt_of, read_index, read_manifest,
+    read_shards, read_sound_folder, require_enough, shards_fingerprint, task_shares, text_examples, token_example,
+    token_sets, with_media, with_prompt, write_shard)
 from uti import Grammar, TokenSpace
 
 GRAMMAR = Grammar(SPACE)
@@ -27,31 +27,36 @@ CLIP = [120, 128, 127, 135]
 
 
 @pytest.mark.parametrize('line, says', [
-    ('{"id": "x", "audio": "a.wav", "text": NaN}', 'NaN is not JSON'),
+    ('{"id": "x", "audio": "a.wav", "text": NaN}', 'text is NaN'), ('{"id": 1.5}', 'id is 1.5'),
     ('{"id": "x", "id": "y", "audio": "a.wav", "text": "t"}', "'id' stands twice"),
-    ('\udcff', 'not valid JSON'), ('[1]', 'is a JSON list'), ('{"id": [], "audio": "a.wav", "text": "t"}', 'id is []'),
+    ('\udcff', 'not valid JSON'), ('[1]', 'found a list, wanted an object'),
     ('{"id": "x", "audio": "../a.wav", "text": "t"}', "audio '../a.wav' leaves the audio root"),
     ('{"id": "x", "audio": "link.wav", "text": "t"}', 'is a link out of the audio root'),
     ('{"id": "x", "audio": "a.wav", "image": "a.png", "text": "t"}', 'image and audio, wanted one'),
     ('{"id": "x", "text": "t"}', 'neither image nor audio'),
-    ('{"id": "x", "audio": "a.wav", "text": "  "}', "text is '  '"),
+    ('{"id": "x", "audio": "a.wav", "text": "  "}', 'text is "  "'),
     ('{"id": "x", "audio": "a.wav", "text": "\\ud800"}', 'not Unicode')])
 def test_a_bad_line_of_a_manifest_is_left_out_and_its_line_says_why(tmp_path, line, says):
     (tmp_path / 'in').mkdir()
     (tmp_path / 'out.wav').write_bytes(b'')
     (tmp_path / 'in' / 'link.wav').symlink_to(tmp_path / 'out.wav')
     path = tmp_path / 'in' / 'm.jsonl'
-    good = '{"id": 7, "source": "s", "audio": "a.wav", "text": " o\u2028k "}'
-    # a byte order mark before it, and U+2028, which is no end of a line, within it
-    path.write_bytes(f'\ufeff{good}\n\n{line}\n'.encode(errors='surrogateescape'))
+    good = '\ufeff{"id": 7, "source": "s", "audio": "a.wav", "text": " ok\u2028ay "}'
+    path.write_bytes(f'{good}\n\n{line}\n'.encode(errors='surrogateescape'))
     [found] = read_manifest(path, BadSamples(tmp_path / 'bad.jsonl', 1))
-    assert (found.id, found.modality, found.text) == ('7', 'audio', 'o\u2028k')
-    assert found.path == str(tmp_path / 'in' / 'a.wav')
+    assert found == CaptionedMedia('7', 'audio', str(tmp_path / 'in' / 'a.wav'), 'ok\u2028ay')
     one_line(json.loads((tmp_path / 'bad.jsonl').read_text())['reason'], f'{path}:3', says)
 
 
+def test_ids_of_a_manifest_are_made_keys(tmp_path):
+    (tmp_path / 'm.jsonl').write_text(
+        '{"image": "a.png", "text": "one"}\n' + 2 * '{"id": "x", "image": "a.png", "text": "two"}\n')
+    assert [media.id for media in read_manifest(tmp_path / 'm.jsonl', BadSamples(tmp_path / 'bad.jsonl', 0))] == [
+        '0', 'x', 'x#2']
+
+
 def test_a_folder_of_sounds_with_captions_as_clotho_has_them(tmp_path):
-    (tmp_path / 'c.csv').write_text('file_name,caption_1,caption_2\na b.wav,"one, two",three\n../x.wav,no,\n')
+    (tmp_path / 'c.csv').write_text('\ufefffile_name,caption_1,caption_2\na b.wav,"one, two",three\n../x.wav,no,\n')
     found = read_sound_folder(tmp_path, tmp_path / 'c.csv', BadSamples(tmp_path / 'bad.jsonl', 2))
     assert [(media.id, media.text) for media in found] == [
         ('a b.wav#caption_1', 'one, two'), ('a b.wav#caption_2', 'three')]
@@ -154,6 +159,16 @@ def test_a_full_disk_ends_in_one_line_and_leaves_no_half_of_a_shard(tmp_path):
     assert not list(tmp_path.glob('x.safetensors')) and not list(tmp_path.glob('x.json'))
 
 
+def test_the_fingerprint_is_of_the_shards_and_not_of_who_wrote_the_index(tmp_path):
+    first = shards_fingerprint(make_folder(tmp_path))
+    index, _ = read_index(tmp_path)
+    write_sealed(tmp_path / 'index.json', {**index, 'provenance': {'commit': 'other'}})
+    assert shards_fingerprint(tmp_path) == first
+    index['splits']['train']['shards'][0]['sha256'] = 'other'
+    write_sealed(tmp_path / 'index.json', index)
+    assert shards_fingerprint(tmp_path) != first
+
+
 def test_two_shards_that_changed_places_are_refused(tmp_path):
     make_folder(tmp_path)
     for end in 'safetensors', 'json':
@@ -241,9 +256,13 @@ def test_the_sets_of_a_split_are_the_first_items_of_each_task(tmp_path):
     one_line(e.value, f'{tmp_path} has 2 items to train and 2 to evaluate i2t on', 'task_weights')
 
 
-def test_a_text_of_one_id_leaves_nothing_to_predict(tmp_path):
-    (tmp_path / 'text.jsonl').write_text('{"text": "red"}\n{"text": "a"}\n{"text": "blue"}\n')
-    assert [e.item.id for e in text_examples(tmp_path / 'text.jsonl', Letters(), 64)] == ['text 0', 'text 2']
+def test_texts_are_named_by_their_line_and_one_of_one_id_is_refused(tmp_path):
+    path = tmp_path / 'text.jsonl'
+    path.write_text('{"text": "red"}\n\n{"text": "blue"}\n{"text": "a"}\n')
+    assert [e.item.id for e in text_examples(path, Letters(), 64, n=2)] == [f'{path}:1', f'{path}:3']
+    with pytest.raises(SystemExit) as e:
+        text_examples(path, Letters(), 64)
+    one_line(e.value, f'{path}:4: text is "a", one token', 'remove it')
 
 
 # -----------------------------------------------------------------------------

@@ -8,7 +8,8 @@ import soundfile
 from PIL import Image
 from test_common import no_file_larger_than
 
-from data import length_buckets, read_texts
+from data import length_buckets
+from lists import read_texts
 from small import corpus, make, score, world
 
 

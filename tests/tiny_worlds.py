@@ -17,7 +17,7 @@ from transformers import (
 
 import uti
 from common import write_sealed
-from data import read_texts
+from lists import read_texts
 from shards import Caption, Medium, write_shard
 from small.make import make_captions, make_text
 from small.models import descend, make_tokenizer

@@ -31,7 +31,8 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from configure import configure
 from common import in_parts
-from data import Example, Item, collate, read_llava
+from data import Example, collate
+from lists import Item, read_llava
 from media import BadSamples, read_audio, read_image
 from model import NO_MASKS, VLM, Connector
 from shards import Record, read_manifest, token_example
