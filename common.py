@@ -318,7 +318,7 @@ def load_checkpoint(folder, map_location='cpu'):
     for candidate in candidates:
         wrong = corruption_of(candidate)
         if wrong is None:
-            if problems:                               # in words:  the run loses the steps since then
+            if problems:                               # not in silence: the steps since then are lost
                 print(f'{problems[0]}: using {candidate}', file=sys.stderr)
             tensors = {}
             for path in candidate.glob('*.pt'):

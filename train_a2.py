@@ -52,11 +52,11 @@ allow_failed_gates = False     # start from an A1 run whose gates failed
 # LoRA, on the language model only
 lora_r = 16
 lora_alpha = 32
-lora_dropout = 0.05
+lora_dropout = 0.05            # above 0 its masks depend on micro_batch_size and the number of ranks
 lora_targets = r'model\.layers\.\d+\.(self_attn\.(q|k|v|o)_proj|mlp\.(gate|up|down)_proj)'   # full paths
 # training
 max_seq_len = 2048             # longer examples are cut at the end and counted
-micro_batch_size = 16          # examples per rank and micro-batch: memory and speed only, the result stays the same
+micro_batch_size = 16          # examples per rank and micro-batch: memory and speed only, but for the masks of dropout
 global_batch_size = 128        # over all ranks and micro-batches: this one is a hyperparameter
 learning_rate = 2e-5           # of the connector
 lora_learning_rate = 2e-4
@@ -95,6 +95,8 @@ require_positive(config, 'max_seq_len', 'micro_batch_size', 'global_batch_size',
                  'epoch_minutes', 'eval_every', 'n_eval', 'n_golden', 'max_new_tokens', 'log_every', 'workers',
                  'n_text', 'lora_r', 'lora_alpha', 'lora_learning_rate')
 require_share(config, 'warmup_frac', 'min_lr_frac', 'gate_truncated', 'lora_dropout', 'replay_share')
+if replay_share == 1:
+    raise SystemExit('replay_share = 1: wanted less, there have to be chats beside the replayed text')
 
 # ranks and the run's folder
 rank, world_size, device = init_ranks(device)
@@ -154,6 +156,7 @@ peaks = {'connector.': learning_rate, 'llm.': lora_learning_rate}
 groups = parameter_groups(trainable, peaks, weight_decay)
 optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), fused=device.type == 'cuda')
 step = first_step = 0
+evaluated = False              # whether the log has the evaluation of first_step already
 with_gradient = set()          # names of what has had a gradient so far: everything trainable has to get there
 if resume:
     tensors, meta, used = load_checkpoint(out / 'ckpt', device)
@@ -164,6 +167,7 @@ if resume:
     step = first_step = meta['step']
     epoch_samples = meta['epoch_samples']
     with_gradient = set(meta['with_gradient'])
+    evaluated = meta['evaluated']
 
 
 def forward_backward(batches):
@@ -236,12 +240,12 @@ while True:
     stopped = bool(stop)
     if step % eval_every == 0 or step == n_steps or stopped:
         meter.pause()
-        already_evaluated = resume and step == first_step and step < n_steps
-        if not stopped and not already_evaluated:
+        in_log = evaluated and step == first_step
+        if not stopped and not (in_log and step < n_steps):   # a finished run is judged again, and logged once
             losses, counts, means = evaluate()
             means['text'] = text_loss()
             stop_if_eval_not_finite(step, means)
-            if step > first_step or not resume:        # a finished run that is judged again has this line already
+            if not in_log:
                 log.write('eval', step=step, **means)
             captions = predict(golden_set, out / 'golden' / f'step_{step:06d}.jsonl')
             if rank == 0:
@@ -255,7 +259,8 @@ while True:
                        'optimizer': optimizer.state_dict()}
             save_checkpoint(out / 'ckpt', tensors, {
                 'stage': 'a2', 'model': model_args, 'step': step, 'n_steps': n_steps, 'epoch_samples': epoch_samples,
-                'settings': config, 'frozen_sha256': frozen_before, 'with_gradient': sorted(with_gradient)})
+                'settings': config, 'frozen_sha256': frozen_before, 'with_gradient': sorted(with_gradient),
+                'evaluated': not stopped})
         if rank == 0:
             write_status(out, 'stopped' if stopped else 'running', step, n_steps)
         meter.go_on()

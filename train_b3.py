@@ -145,6 +145,7 @@ peaks = {'new_': learning_rate}
 groups = parameter_groups(trainable, peaks, weight_decay)
 optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), fused=device.type == 'cuda')
 step = first_step = 0
+evaluated = False              # whether the log has the evaluation of first_step already
 with_gradient = set()          # names of what has had a gradient so far: everything trainable has to get there
 if resume:
     tensors, meta, used = load_checkpoint(out / 'ckpt', device)
@@ -156,6 +157,7 @@ if resume:
     step = first_step = meta['step']
     epoch_samples = meta['epoch_samples']
     with_gradient = set(meta['with_gradient'])
+    evaluated = meta['evaluated']
 
 
 def forward_backward(batches):
@@ -248,11 +250,11 @@ while True:
     stopped = bool(stop)
     if step % eval_every == 0 or step == n_steps or stopped:
         meter.pause()
-        already_evaluated = resume and step == first_step and step < n_steps
-        if not stopped and not already_evaluated:
+        in_log = evaluated and step == first_step
+        if not stopped and not (in_log and step < n_steps):   # a finished run is judged again, and logged once
             losses, counts, means, rates = evaluate()
             stop_if_eval_not_finite(step, means)
-            if step > first_step or not resume:        # a finished run that is judged again has this line already
+            if not in_log:
                 log.write('eval', step=step, **means, **rates)
             for task, examples in golden_sets.items():
                 generate(task, examples, out / 'golden' / f'step_{step:06d}' / task, guidance)
@@ -263,6 +265,7 @@ while True:
             save_checkpoint(out / 'ckpt', tensors, {
                 'stage': 'b3', 'model': model_args, 'step': step, 'n_steps': n_steps, 'epoch_samples': epoch_samples,
                 'settings': config, 'frozen_sha256': frozen_before, 'with_gradient': sorted(with_gradient),
+                'evaluated': not stopped,
                 'token_space': space.fields()})
         if rank == 0:
             write_status(out, 'stopped' if stopped else 'running', step, n_steps)

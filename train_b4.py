@@ -57,7 +57,7 @@ allow_failed_gates = False     # True: take shards, or a B3 run, whose gates fai
 full_tune = False              # True: no LoRA, the layers and the last norm learn; text rows and head stay frozen
 lora_r = 16
 lora_alpha = 32
-lora_dropout = 0.05
+lora_dropout = 0.05            # above 0 its masks depend on micro_batch_size and the number of ranks
 lora_targets = r'model\.layers\.\d+\.(self_attn\.(q|k|v|o)_proj|mlp\.(gate|up|down)_proj)'   # full paths
 # mixture of tasks
 task_weights = {'i2t': 1.0, 'a2t': 1.0, 't2i': 2.0, 't2a': 2.0}   # shares of the examples; an image weighs many labels
@@ -66,7 +66,7 @@ ramp_frac = 0.2                # ... over this part of all steps
 prompt_dropout = 0.1           # share of writing examples without their prompt: what guidance above 1 needs
 # training
 max_seq_len = 2048             # longer examples lose the end of their text, never codes, and are counted
-micro_batch_size = 16          # examples per rank and micro-batch: memory and speed only, the result stays the same
+micro_batch_size = 16          # examples per rank and micro-batch: memory and speed only, but for the masks of dropout
 global_batch_size = 256        # over all ranks and micro-batches: this one is a hyperparameter
 learning_rate = 1e-4           # of the new rows
 lora_learning_rate = 2e-4      # of LoRA, or of the layers with full_tune
@@ -215,6 +215,7 @@ peaks = {'new_': learning_rate, 'llm.': lora_learning_rate}
 groups = parameter_groups(trainable, peaks, weight_decay)
 optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), fused=device.type == 'cuda')
 step = first_step = 0
+evaluated = False              # whether the log has the evaluation of first_step already
 with_gradient = set()          # names of what has had a gradient so far: everything trainable has to get there
 at_start = {}                  # the first evaluation's means: of the B3 run, since LoRA begins as nothing
 if resume:
@@ -227,6 +228,7 @@ if resume:
     step = first_step = meta['step']
     epoch_samples = meta['epoch_samples']
     with_gradient = set(meta['with_gradient'])
+    evaluated = meta['evaluated']
     at_start = meta['start']
 
 
@@ -325,11 +327,11 @@ while True:
     stopped = bool(stop)
     if step % eval_every == 0 or step == n_steps or stopped:
         meter.pause()
-        already_evaluated = resume and step == first_step and step < n_steps
-        if not stopped and not already_evaluated:
+        in_log = evaluated and step == first_step
+        if not stopped and not (in_log and step < n_steps):   # a finished run is judged again, and logged once
             losses, counts, means, rates = evaluate()
             stop_if_eval_not_finite(step, means)
-            if step > first_step or not resume:        # a finished run that is judged again has this line already
+            if not in_log:
                 log.write('eval', step=step, **means, **rates)
             at_start = at_start or {**means, **rates}
             golden = {}
@@ -342,6 +344,7 @@ while True:
             save_checkpoint(out / 'ckpt', tensors, {
                 'stage': 'b4', 'model': model_args, 'step': step, 'n_steps': n_steps, 'epoch_samples': epoch_samples,
                 'settings': config, 'frozen_sha256': frozen_before, 'with_gradient': sorted(with_gradient),
+                'evaluated': not stopped,
                 'token_space': space.fields(), 'start': at_start})
         if rank == 0:
             write_status(out, 'stopped' if stopped else 'running', step, n_steps)

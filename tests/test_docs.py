@@ -245,7 +245,7 @@ COPIES = (
     "# ranks and the run's folder\n.*?\n\n",
     'def forward_backward.*?\n\n\n',
     'def lr_at.*?\n\n\n',
-    'while True:\n.*?already_evaluated:\n',
+    'while True:\n.*?judged again, and logged once\n',
     r'    lr = lr_at\(step\)\n.*?    progress.update\(.*?\n',
 )
 ONLY_IN_B3 = re.compile(r'    for name, p in trainable.items\(\):\n.*?touched.*?\n', re.DOTALL)

@@ -57,15 +57,17 @@ def test_a_config_that_truncates_fails_truncation(a1_config, tmp_path):
     assert code == 1 and 'share of truncated samples' in failed_gates(tmp_path)
 
 
-@pytest.mark.parametrize('number', [signal.SIGKILL, signal.SIGTERM])
-def test_a_stopped_run_goes_on_as_the_same_run_to_the_last_bit(a1_config, a1_run, tmp_path, number, capfd):
-    """kill -9 falls back to the checkpoint of step 8; SIGTERM saves first."""
+@pytest.mark.parametrize('number, step', [(signal.SIGKILL, 10), (signal.SIGTERM, 10), (signal.SIGTERM, 8),
+                                          (signal.SIGTERM, 12)])
+def test_a_stopped_run_goes_on_as_the_same_run_to_the_last_bit(a1_config, a1_run, tmp_path, number, step, capfd):
+    """kill -9 falls back to the checkpoint of step 8; SIGTERM saves first. Evaluations of steps 8 and 12 that
+    it puts off come after the resume."""
     command = run_here, 'train_a1.py', a1_config, f'--out_dir={tmp_path}'
-    status = in_children(run_until, 10, number, *command)
+    status = in_children(run_until, step, number, *command)
     if number == signal.SIGKILL:
         assert status == [-signal.SIGKILL]
     else:
-        assert status == [1] and 'SIGTERM stopped this run: saved at step 10' in capfd.readouterr().err
+        assert status == [1] and f'SIGTERM stopped this run: saved at step {step}' in capfd.readouterr().err
         assert read_json(tmp_path / 'status.json')['state'] == 'stopped'
     code, _ = run_here('train_a1.py', a1_config, f'--out_dir={tmp_path}', '--resume=True')
     assert code == a1_run.code
