@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from common import sha256_tensors
+from common import first_line, sha256_tensors
 
 GROUP_SIZE = 8                                         # items that go through a codec at once, always
 
@@ -179,8 +179,11 @@ class PatchBook(torch.nn.Module):
 
     @classmethod
     def load(cls, folder, config):
-        tensors = load_file(Path(folder) / 'model.safetensors')
-        return cls(tensors['patches'].float(), config['size'], config['patch'])
+        try:
+            tensors = load_file(Path(folder) / 'model.safetensors')
+            return cls(tensors['patches'].float(), config['size'], config['patch'])
+        except Exception as e:
+            raise SystemExit(f'{folder}: cannot load its patches ({first_line(e)})')
 
 
 class PatchImages(ImageCodec):
@@ -352,7 +355,7 @@ def read_weights(path, prefix=''):
         config_file = cached_file(path, 'config.json')
         if config_file is None:
             raise FileNotFoundError('no config.json')
-        config = json.loads(Path(config_file).read_text())
+        config = dict(json.loads(Path(config_file).read_text()))
         if not prefix:
             return config, None                        # names may differ from file to class: from_pretrained knows them
         for file in files_with(path, prefix):
@@ -360,8 +363,8 @@ def read_weights(path, prefix=''):
                 for name in f.keys():
                     if name.startswith(prefix):
                         tensors[name.removeprefix(prefix)] = f.get_tensor(name)
-    except (OSError, ValueError, KeyError) as e:
-        raise SystemExit(f'{path}: cannot read a codec here ({str(e).splitlines()[0]})')
+    except Exception as e:                             # missing, cut or foreign files raise all kinds
+        raise SystemExit(f'{path}: cannot read a codec here ({first_line(e)})')
     if not tensors:
         raise SystemExit(f'{path}: no weight below {prefix!r}')
     if 'vq_config' in config:                          # of Janus or Emu3, around a codec that has no name of its own
@@ -397,8 +400,8 @@ def load_model(name, path, prefix, config, tensors):
         else:
             config = cls.config_class.from_dict(config)
             model, found = cls.from_pretrained(None, config=config, state_dict=tensors, **options)
-    except (OSError, ValueError, RuntimeError) as e:
-        raise SystemExit(f'{where}: cannot load {name} ({str(e).splitlines()[0]})')
+    except Exception as e:
+        raise SystemExit(f'{where}: cannot load {name} ({first_line(e)})')
     # transformers only warns of these, and goes on with random weights
     for problem in 'missing_keys', 'unexpected_keys', 'mismatched_keys':
         keys = sorted(found[problem], key=str)

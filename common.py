@@ -11,6 +11,7 @@ import random
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from contextlib import contextmanager
 from pathlib import Path
@@ -159,6 +160,11 @@ def sha256_tensors(named, dtype=None):
     return digest.hexdigest()
 
 
+def first_line(e):
+    """What an exception says, cut to a line; its type where it says nothing."""
+    return (str(e).strip() or type(e).__name__).splitlines()[0]
+
+
 @contextmanager
 def one_line_io_errors(path):
     """A full disk, or a folder that is not ours, ends the run with one line that names what was to be written."""
@@ -187,14 +193,17 @@ def flush_files(folder):
 def write_atomic(path, content):
     """Write text or bytes beside their place, flush to disk, rename: readers see the old or the new, never half."""
     path = Path(path)
-    beside = path.with_name(path.name + '.tmp')
+    beside = path.with_name(f'.{path.name}.tmp')       # hidden: X.tmp may be a user's own
     with one_line_io_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(beside, 'wb') as f:
-            f.write(content.encode() if isinstance(content, str) else content)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(beside, path)                       # atomic within a file system
+        try:
+            with open(beside, 'wb') as f:
+                f.write(content.encode() if isinstance(content, str) else content)
+                f.flush()
+                os.fsync(f.fileno())
+            os.replace(beside, path)                   # atomic within a file system
+        finally:
+            beside.unlink(missing_ok=True)
 
 
 def canonical(value):
@@ -234,15 +243,15 @@ def require_vacant(folder):
 
 @contextmanager
 def whole_folder(folder):
-    """A folder beside `folder` to write in, which becomes `folder` when the block has ended well, every file flushed to
-    disk and readable for others; else nothing is left. Exits with one line when `folder` is not vacant."""
+    """A hidden folder to write in, which becomes `folder` when the block has ended well, every file flushed to disk and
+    readable for others; else nothing is left. Exits with one line when `folder` is not vacant."""
     require_vacant(folder)
     folder = Path(folder)
-    beside = folder.with_name(folder.name + '.tmp')
-    try:
-        with one_line_io_errors(folder):
-            shutil.rmtree(beside, ignore_errors=True)
-            beside.mkdir(parents=True)
+    with one_line_io_errors(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f'.{folder.name}.', dir=folder.parent) as hidden:
+            beside = Path(hidden) / folder.name
+            beside.mkdir()
             yield beside
             for path in beside.rglob('*'):
                 if path.is_file():
@@ -250,8 +259,6 @@ def whole_folder(folder):
             flush_files(beside)
             os.replace(beside, folder)
             flush_folder(folder.parent)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
 
 
 # -----------------------------------------------------------------------------

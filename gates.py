@@ -10,6 +10,7 @@ done    when every gate found has passed; exits 1 when one has not, or when ther
 $ python gates.py out
 $ python gates.py out/a1_small
 """
+import io
 import json
 import math
 import runpy
@@ -300,7 +301,9 @@ def curves(log, png, conditions=('noise', 'zero', 'shuffled', 'correct')):
         right.plot([record['step'] for record in evals], losses, 'o-', label=condition)
     right.set(title='held-out loss', xlabel='step')
     right.legend()
-    figure.savefig(png, dpi=110)
+    content = io.BytesIO()
+    figure.savefig(content, dpi=110)                   # a PNG
+    write_atomic(png, content.getvalue())
 
 
 if __name__ == '__main__':

@@ -129,7 +129,7 @@ def pick(logits, temperature, top_p, generators, top_k=0):
 
 def seeded_generators(seeds, n):
     """n torch generators; with seeds = None those of seeds 0, 1, ..."""
-    return [torch.Generator().manual_seed(seed) for seed in seeds or range(n)]
+    return [torch.Generator().manual_seed(seed) for seed in (range(n) if seeds is None else seeds)]
 
 
 class Continuation:

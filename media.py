@@ -1,6 +1,7 @@
 """
 Media: pictures and sounds from files of the field, read to their end, and the samples that had to be left out.
 """
+import io
 import json
 import math
 import textwrap
@@ -10,6 +11,8 @@ from pathlib import Path
 import numpy as np
 import soxr
 from PIL import Image, ImageDraw, ImageFile, ImageOps
+
+from common import write_atomic
 
 MAX_PIXELS = 64_000_000                                # about 8,000 x 8,000; PIL's limit only warns below twice 89 M
 IMAGE_FORMATS = ('PNG', 'JPEG', 'MPO', 'WEBP', 'GIF', 'BMP', 'TIFF')   # MPO: JPEGs of some phones
@@ -92,12 +95,17 @@ def upright_rgb(image):
     return image.convert('RGB')
 
 
+def write_picture(path, image):
+    """A PIL picture as PNG, whole or not at all."""
+    content = io.BytesIO()
+    image.save(content, 'PNG')
+    write_atomic(path, content.getvalue())
+
+
 def contact_sheet(path, images, captions, columns=8, side=160, lines=6):
     """One PNG of all pictures, files, with their captions below."""
     if not images:
         return
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     cell_width = side + 8
     cell_height = side + 15 * lines + 8
     n_rows = math.ceil(len(images) / columns)
@@ -110,11 +118,19 @@ def contact_sheet(path, images, captions, columns=8, side=160, lines=6):
         sheet.paste(Image.fromarray(pixels), (x, y))
         wrapped = textwrap.wrap(text, side // 6)[:lines]
         pen.text((x, y + side + 2), '\n'.join(wrapped), fill='black')
-    sheet.save(path)
+    write_picture(path, sheet)
 
 
 # -----------------------------------------------------------------------------
 # sounds
+
+
+def write_sound(path, wave, rate):
+    """float (samples,) as a WAV of 16 bits, whole or not at all."""
+    import soundfile
+    content = io.BytesIO()
+    soundfile.write(content, wave, rate, format='WAV')
+    write_atomic(path, content.getvalue())
 
 
 def read_audio(path, sample_rate, clip_samples):

@@ -10,8 +10,11 @@ Only attention has to keep the examples apart; there, and only there, they are l
 """
 import hashlib
 import json
+import math
+import os
+import signal
 import warnings
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +29,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from transformers.utils import cached_file, logging
 
-from common import in_parts, one_line_io_errors, progress, sha256_tensors, write_atomic
+from common import first_line, in_parts, progress, read_sealed, sha256_file, sha256_tensors, write_sealed
 from media import BadSample
 
 # -----------------------------------------------------------------------------
@@ -48,8 +51,7 @@ def pretrained(cls, path, dtype, ignore=(), **options):
             path, dtype=dtype, trust_remote_code=False, output_loading_info=True, ignore_mismatched_sizes=True,
             **options)
     except Exception as e:                             # missing, cut or foreign files raise all kinds
-        raise SystemExit(f'{path}: cannot load its weights ({str(e).strip().splitlines()[0]}); '
-                         'wanted a whole Hugging Face checkpoint')
+        raise SystemExit(f'{path}: cannot load its weights ({first_line(e)}); wanted a whole Hugging Face checkpoint')
     unknown = [name for name in info['unexpected_keys'] if not name.startswith(tuple(ignore))]
     problems = {'lacks': info['missing_keys'], 'has unknown': unknown, 'has misshapen': info['mismatched_keys']}
     for problem, names in problems.items():
@@ -64,13 +66,28 @@ def load_config(path):
     """The configuration of a Hugging Face model; exits with one line when there is none."""
     try:
         return AutoConfig.from_pretrained(path, trust_remote_code=False)   # code in a model's folder never runs
-    except (OSError, ValueError) as e:
-        raise SystemExit(f'{path}: no Hugging Face model here ({str(e).splitlines()[0]})')
+    except Exception as e:
+        raise SystemExit(f'{path}: no Hugging Face model here ({first_line(e)})')
 
 
 def load_tokenizer(path):
+    """The tokenizer of a Hugging Face model; exits with one line when it is absent or damaged."""
     load_config(path)                                  # one clear line when nothing is there
-    return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    except Exception as e:                             # a damaged tokenizer.json raises a plain one
+        raise SystemExit(f'{path}: cannot load its tokenizer ({first_line(e)}); wanted a whole tokenizer.json')
+    if not tokenizer.encode('a', add_special_tokens=False):            # what transformers makes where there is no file
+        raise SystemExit(f'{path}: its tokenizer is empty; wanted a whole tokenizer.json')
+    return tokenizer
+
+
+def save_pretrained(part, folder):
+    """part.save_pretrained of a model, a tokenizer or a processor, with an OSError where the disk is full."""
+    try:
+        part.save_pretrained(folder)
+    except Exception as e:                             # the tokenizers library raises a plain one
+        raise OSError(first_line(e)) from e
 
 
 def load_llm(path, dtype=torch.float32):
@@ -115,29 +132,55 @@ class Tower(nn.Module):
 
 
 def image_settings(path):
-    """How the tower's processor prepares an image: {'size', 'resample', 'mean', 'std'} of the checkpoint's own file."""
+    """How the tower's processor prepares an image: {'size', 'resample', 'mean', 'std'}.
+
+    Exits with one line when the tower comes without a processor, or with one that does something else than read_image
+    and Tower do.
+    """
     config = load_config(path)
-    stored = stored_preprocessing(path)
-    return {'size': getattr(config, 'vision_config', config).image_size,
-            'resample': stored.get('resample', 3),     # of PIL: bicubic
-            'mean': stored.get('image_mean', [0.5] * 3),
-            'std': stored.get('image_std', [0.5] * 3)}
+    side = getattr(config, 'vision_config', config).image_size
+    file, stored = read_processor(path)
+    size = stored.get('size', side)
+    sides = size.values() if isinstance(size, dict) else [size]        # {'height', 'width'} or {'shortest_edge'}
+    if any(n != side for n in sides):
+        raise SystemExit(f'{file}: size is {size}, but the tower takes {side} x {side} pixels; restore its processor')
+    if False in (stored.get('do_resize'), stored.get('do_rescale'), stored.get('do_normalize')):
+        raise SystemExit(f'{file}: wanted a processor that resizes, rescales and normalises')
+    wanted = {'image_mean': 3, 'image_std': 3, 'resample': 1}          # numbers
+    for name, n in wanted.items():
+        values = stored.get(name)
+        numbers = values if isinstance(values, list) else [values]
+        if len(numbers) != n or any(type(x) not in (int, float) for x in numbers):
+            raise SystemExit(f'{file}: {name} is {values!r}, wanted {n} number(s); restore the processor')
+    return {'size': side, 'resample': stored['resample'], 'mean': stored['image_mean'], 'std': stored['image_std']}
 
 
-def stored_preprocessing(path):
-    """preprocessor_config.json, or what processor_config.json says of images: transformers 5 writes either. Exits when
-    there is neither, or one that cannot be fetched: with other pixels the tower would see something else."""
-    for name in 'preprocessor_config.json', 'processor_config.json':
+def read_processor(path):
+    """(file, the settings of an image processor in it), from where transformers looks: inside processor_config.json,
+    which version 5 writes, else in preprocessor_config.json."""
+    reasons = []
+    for name in 'processor_config.json', 'preprocessor_config.json':
+        if Path(path).is_dir() and not Path(path, name).exists():
+            reasons.append(f'{name} is not there')
+            continue
         try:
-            file = cached_file(path, name, _raise_exceptions_for_missing_entries=False)
-            if file is None:                           # absent, and not only out of reach: that is an OSError
+            file = cached_file(path, name)
+        except Exception as e:                         # the hub has none, or it cannot be reached: its words say which
+            reasons.append(f'{name}: {first_line(e)}')
+            continue
+        try:
+            stored = json.loads(Path(file).read_bytes())
+        except (OSError, ValueError, RecursionError) as e:
+            raise SystemExit(f'{file}: not valid JSON ({e}); restore it')
+        if name == 'processor_config.json' and isinstance(stored, dict):
+            stored = stored.get('image_processor')
+            if stored is None:                         # of an older version: it is about texts
+                reasons.append(f'{name} has no "image_processor"')
                 continue
-            stored = json.loads(Path(file).read_text())
-            return stored.get('image_processor', stored)
-        except (OSError, ValueError, AttributeError) as e:
-            raise SystemExit(f'{path}: cannot read its {name} ({str(e).splitlines()[0]})')
-    raise SystemExit(f'{path}: has neither preprocessor_config.json nor processor_config.json, which say how the tower '
-                     'wants its pictures: copy one from the original checkpoint')
+        if not isinstance(stored, dict):
+            raise SystemExit(f'{file}: found {type(stored).__name__}, wanted a JSON object; restore it')
+        return file, stored
+    raise SystemExit(f'{path}: cannot read how its images are prepared ({"; ".join(reasons)}); wanted one of the two')
 
 
 def load_tower(path, layer=-1, dtype=torch.float32):
@@ -268,7 +311,8 @@ def short_attention(query, key, value, scaling=None, dropout=0.0):
     """
     length = query.shape[2]
     group = query.shape[1] // key.shape[1]
-    scaling = scaling or query.shape[-1] ** -0.5
+    if scaling is None:
+        scaling = query.shape[-1] ** -0.5
     query = query.unflatten(1, (-1, group)).flatten(2, 3)                                       # (B, kv, group L, .)
     scores = (query * scaling) @ key.transpose(2, 3)                                            # (B, kv, group L, L)
     future = torch.full((length, length), -torch.inf, dtype=scores.dtype).triu(1)               # (L, L)
@@ -400,46 +444,100 @@ def lora(llm, r, alpha, dropout, targets):
         raise SystemExit(f'lora_targets = {targets!r}: {e}')
 
 
+# -----------------------------------------------------------------------------
+# the tower's features, each image once
+
+
 @torch.no_grad()
 def cache_features(folder, tower, paths, read, device, batch_size=64):
     """Patch features of image files: fp16, memory-mapped, {path: (P, Dv) array}. Unreadable images are left out.
 
     The file's name is a sha256 over the tower's weights, its layer and every image's bytes: other inputs, other file.
-    Two processes that want the same one wait for each other. read: a partial of read_image.
+    Two processes that want the same one wait for each other; a finished one is only read. A signal ends the run at
+    once, there is nothing to save yet. read: a partial of read_image.
     """
-    paths = sorted({str(path) for path in paths if Path(path).is_file()})
+    with ended_by_signals('the features of the tower were not finished'):
+        paths = sorted({str(path) for path in paths if Path(path).is_file()})
+        if not paths:
+            return {}
+        file = Path(folder) / f'features-{features_key(tower, paths, read)}.npy'
+        seal = file.with_suffix('.json')               # written last: where both are, the features are whole
+        if not (seal.exists() and file.exists()):
+            try:
+                file.parent.mkdir(parents=True, exist_ok=True)
+                with FileLock(f'{file}.lock'):
+                    if not (seal.exists() and file.exists()):   # else another process has written it meanwhile
+                        write_features(file, tower, paths, read=read, device=device, batch_size=batch_size)
+            except OSError as e:
+                raise SystemExit(f'{file}: cannot write the features of the tower here ({e.strerror or e}); set '
+                                 "feature_cache to another folder, or to ''")
+        sealed = read_sealed(seal, 'stage A1 or A2')
+        if sealed.get('features_sha256') != sha256_file(file):
+            raise SystemExit(f'{file}: its sha256 is not that in {seal.name}; remove both, a run makes them anew')
+    table = np.load(file, mmap_mode='r')                                                        # (images, P, Dv)
+    broken = set(sealed['broken'])
+    return {path: table[k] for k, path in enumerate(paths) if k not in broken}
+
+
+def features_key(tower, paths, read):
     weights = sha256_tensors([*tower.state_dict().items(), ('mean', tower.mean), ('std', tower.std)])
     key = hashlib.sha256(weights.encode())
     key.update(f'{tower.layer} {getattr(read, "keywords", None)}'.encode())   # the keywords: size and resample
     for path in paths:
-        key.update(Path(path).read_bytes())
-    file = Path(folder) / f'features-{key.hexdigest()[:24]}.npy'
-    with one_line_io_errors(file):
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f'{file}.lock'):
-            if not file.exists():                      # another process may have written it while this one waited
-                write_features(file, tower, paths, read=read, device=device, batch_size=batch_size)
-    table = np.load(file, mmap_mode='r')                                                        # (images, P, Dv)
-    broken = set(json.loads(file.with_suffix('.json').read_text())['broken'])
-    return {path: table[k] for k, path in enumerate(paths) if k not in broken}
+        try:
+            key.update(sha256_file(path).encode())
+        except OSError:                                # not ours to read: left out below
+            key.update(b'unreadable')
+    return key.hexdigest()[:24]
 
 
 def write_features(file, tower, paths, read, device, batch_size):
-    """The file of cache_features, and a JSON beside it with the indices of images that could not be read."""
-    beside = file.with_suffix('.tmp')
+    """The file of cache_features, and beside it, sealed, its sha256 and the indices of images that cannot be read."""
+    file.unlink(missing_ok=True)                       # one without a seal takes the place of the new one
+    beside = file.with_name(f'.{file.name}')           # we hold its lock: what a kill has left there is ours
     shape = (len(paths), tower.side ** 2, tower.width)
-    table = np.lib.format.open_memmap(beside, mode='w+', dtype=np.float16, shape=shape)
     broken = []
-    for part in progress(in_parts(range(len(paths)), batch_size), 'tower features'):
-        pixels = {}
-        for k in part:
-            try:
-                pixels[k] = read(paths[k])
-            except BadSample:
-                broken.append(k)
-        if pixels:
-            features = tower(torch.from_numpy(np.stack(list(pixels.values()))).to(device))      # (B, P, Dv)
-            table[list(pixels)] = features.to(torch.float16).cpu().numpy()
-    table.flush()
-    write_atomic(file.with_suffix('.json'), json.dumps({'broken': broken}))
-    beside.replace(file)                               # last: where the file is, its JSON is
+    try:
+        with open(beside, 'wb') as f:
+            np.lib.format.write_array_header_1_0(f, {'descr': '<f2', 'fortran_order': False, 'shape': shape})
+            # a disk that is too small is met here, and not after hours
+            os.posix_fallocate(f.fileno(), f.tell(), 2 * math.prod(shape))
+            for part in progress(in_parts(range(len(paths)), batch_size), 'tower features'):
+                features, unreadable = features_of(part, tower, paths, read=read, device=device)
+                broken += unreadable
+                f.write(features)                      # not through a memory map: it ends in SIGBUS on a full disk
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(beside, file)
+    finally:
+        beside.unlink(missing_ok=True)
+    write_sealed(file.with_suffix('.json'), {'broken': broken, 'features_sha256': sha256_file(file)})
+
+
+def features_of(part, tower, paths, read, device):
+    """(fp16 (B, P, Dv) of the images of these indices, zeros for those that cannot be read; the indices of those)."""
+    features = np.zeros((len(part), tower.side ** 2, tower.width), np.float16)
+    pixels = {}
+    for n, k in enumerate(part):
+        try:
+            pixels[n] = read(paths[k])
+        except BadSample:
+            pass
+    if pixels:
+        batch = torch.from_numpy(np.stack(list(pixels.values()))).to(device)
+        features[list(pixels)] = tower(batch).to(torch.float16).cpu().numpy()
+    return features, [k for n, k in enumerate(part) if n not in pixels]
+
+
+@contextmanager
+def ended_by_signals(words):
+    """SIGTERM and Ctrl-C end the run in this block with one line, whatever noted them before."""
+    def leave(number, frame):
+        raise SystemExit(f'{signal.Signals(number).name} stopped this run: {words}')
+
+    before = {number: signal.signal(number, leave) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -18,17 +18,17 @@ $ python sample.py out/a2_small --export out/a2_small_graft        # for load_ex
 """
 import argparse
 import json
+import math
 import sys
 from pathlib import Path
 
-import soundfile
 from peft import set_peft_model_state_dict
 from PIL import Image
 
 from common import frozen_dtype, init_ranks, load_checkpoint, one_line_io_errors, require_vacant
 from lists import text_is_unicode
 from inference import VisionChat
-from media import read_audio, read_image
+from media import read_audio, read_image, write_picture, write_sound
 from model import load_vlm, lora
 from token_model import load_token_model, read_text, write_codes
 from tools.export import export_graft, export_token_model, usual_guidance
@@ -70,6 +70,8 @@ if args.max_new_tokens < 1 or args.n < 1:
     parser.error('wanted --max_new_tokens and --n of at least 1')
 if args.temperature is not None and not args.temperature >= 0:
     parser.error('wanted a --temperature of at least 0')
+if args.guidance is not None and not math.isfinite(args.guidance):
+    parser.error('wanted a --guidance that is a number')
 if not 0 < args.top_p <= 1:
     parser.error('wanted a --top_p above 0 and up to 1')
 for text in [args.prompt or '', *args.draw, *args.sound]:
@@ -121,12 +123,15 @@ def with_lora(llm, state):
     return adapter
 
 
+def say(line):
+    """Print a line. What the terminal cannot show, as bytes in a file's name that are no text, is escaped."""
+    encoding = sys.stdout.encoding or 'utf-8'
+    print(line.encode(encoding, 'backslashreplace').decode(encoding))
+
+
 def show(kind, file, text, **more):
     """Print one answer."""
-    if args.json:
-        print(json.dumps({kind: file, **more, 'text': text}))
-    else:
-        print(f'{file}: {text}')
+    say(json.dumps({kind: file, **more, 'text': text}) if args.json else f'{file}: {text}')
 
 
 # -----------------------------------------------------------------------------
@@ -193,14 +198,12 @@ def generate(kind, k, text):
         if kind == 'image':
             file = Path(args.to) / f'draw_{k}_{seed}.png'
             pixels = codecs.decode_image(codes[None], [{'size': space.image['size']}])[0]
-            with one_line_io_errors(file):
-                Image.fromarray(pixels.transpose(1, 2, 0)).save(file)
+            write_picture(file, Image.fromarray(pixels.transpose(1, 2, 0)))
         else:
             file = Path(args.to) / f'sound_{k}_{seed}.wav'
             rate = space.audio['sample_rate']
             wave = codecs.decode_audio(codes[None], [{'n_samples': space.audio['samples'], 'sample_rate': rate}])[0]
-            with one_line_io_errors(file):
-                soundfile.write(file, wave, rate)
+            write_sound(file, wave, rate)
         show(kind, str(file), text, seed=seed)
 
 
@@ -234,12 +237,12 @@ def ask(file, prompt):
 def chat_on_terminal(file):
     image = chat.encode_image(file)
     turns = []
-    print(f'{file}: ask about it; an empty line ends the chat')
+    say(f'{file}: ask about it; an empty line ends the chat')
     try:
         while question := input('> ').strip():
             answer = reply(image, [*turns, (question, None)])
             turns.append((question, answer))
-            print(answer)
+            say(answer)
     except (EOFError, KeyboardInterrupt):
         print()
 
@@ -253,7 +256,7 @@ if args.export:
     else:
         vlm, adapter = load_track_a()
         verdict = export_graft(vlm, adapter, args.export, args.run, meta)
-    print(f'{args.export}: {verdict}; see README.md in it')
+    say(f'{args.export}: {verdict}; see README.md in it')
     sys.exit(0)
 
 if track_b:

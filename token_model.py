@@ -15,23 +15,23 @@ import json
 import math
 import os
 import shutil
+import tempfile
 from collections import Counter
 from functools import partial
 from pathlib import Path
 
 import numpy as np
-import soundfile
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 from transformers import AddedToken, AutoModelForCausalLM, GenerationConfig
 
-from common import gather_in_order, in_parts, one_line_io_errors, write_atomic
+from common import first_line, gather_in_order, in_parts, one_line_io_errors, write_atomic
 from data import collate
 from inference import Continuation, generate, pick, seeded_generators, sum_by_example
-from media import contact_sheet
-from model import NO_MASKS, hidden_states, label_losses, load_llm, precision_of
+from media import contact_sheet, write_picture, write_sound
+from model import NO_MASKS, hidden_states, label_losses, load_llm, precision_of, save_pretrained
 from shards import prompt_of, with_media, with_prompt
 from uti import TASKS, TokenSpace
 
@@ -338,14 +338,13 @@ def write_completions(path, task, examples, outputs, tokenizer, uti=None, batch_
     for part in in_parts(range(len(outputs)), batch_size):   # a decoder takes more memory than codes suggest
         decoded += decode(np.array([outputs[i] for i in part]), [metas[i] for i in part])
     folder = Path(path)
-    folder.mkdir(parents=True, exist_ok=True)
     if modality == 'audio':
         for n, wave in enumerate(decoded):
-            soundfile.write(folder / f'{n:03d}.wav', wave, uti.space.audio['sample_rate'])
+            write_sound(folder / f'{n:03d}.wav', wave, uti.space.audio['sample_rate'])
         return decoded
     files = [folder / f'{n:03d}.png' for n in range(len(decoded))]
     for file, pixels in zip(files, decoded):
-        Image.fromarray(pixels.transpose(1, 2, 0)).save(file)
+        write_picture(file, Image.fromarray(pixels.transpose(1, 2, 0)))
     contact_sheet(f'{path}.png', files[:64], truths[:64])
     return decoded
 
@@ -386,11 +385,15 @@ def load_new_rows(model, folder):
     try:
         body = (folder / 'trainable_rows.pt').read_bytes()
         meta = json.loads((folder / 'trainable_rows.json').read_text())
-    except (OSError, ValueError) as e:
-        raise SystemExit(f'{folder}: cannot read its trainable rows ({e}); stage B3 writes them')
-    if hashlib.sha256(body).hexdigest() != meta['sha256'] or meta['token_space'] != model.space.sha256:
-        raise SystemExit(f'{folder}/trainable_rows.pt is not the file that trainable_rows.json describes; run B3 again')
-    model.load_new_rows_state(torch.load(io.BytesIO(body), weights_only=True), folder)
+        described = (meta['sha256'], meta['token_space'])
+        if described != (hashlib.sha256(body).hexdigest(), model.space.sha256):
+            raise SystemExit(f'{folder}/trainable_rows.pt is not the file that trainable_rows.json describes; '
+                             'run B3 again')
+        # tensors only: a pickle of anything else is refused, its code does not run
+        state = torch.load(io.BytesIO(body), map_location='cpu', weights_only=True)
+        model.load_new_rows_state(state, folder)
+    except Exception as e:                             # damaged files raise all kinds
+        raise SystemExit(f'{folder}: cannot read its trainable rows ({first_line(e)}); run B3 again')
     return meta
 
 
@@ -414,7 +417,7 @@ def stock_model(model, pad_token_id=None):
     weights['model.embed_tokens.weight'] = with_new_rows(llm.get_input_embeddings().weight, model.new_in)
     weights['lm_head.weight'] = with_new_rows(llm.get_output_embeddings().weight, model.new_out)
     with torch.device('meta'):                         # no memory: the weights are there already
-        stock = AutoModelForCausalLM.from_config(config, dtype=llm.dtype)
+        stock = AutoModelForCausalLM.from_config(config, dtype=llm.dtype, trust_remote_code=False)
     stock.load_state_dict(weights, assign=True)        # refuses a missing or an unknown weight
     ends = [space.text_end, space.special['<|img_end|>'], space.special['<|aud_end|>']]
     stock.generation_config = GenerationConfig(
@@ -438,14 +441,14 @@ def spelling_tokenizer(tokenizer, space):
 def export_stock(model, tokenizer, folder):
     """Write a Hugging Face folder that stock AutoModelForCausalLM and AutoTokenizer load. It replaces an older one."""
     folder = Path(folder)
-    beside = folder.with_name(folder.name + '.tmp')
     with one_line_io_errors(folder):
-        shutil.rmtree(beside, ignore_errors=True)      # of a run that was killed here
-        stock_model(model, tokenizer.pad_token_id).save_pretrained(beside)
-        spelling_tokenizer(tokenizer, model.space).save_pretrained(beside)
-        model.space.save(beside / 'token_space.json')
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(beside, folder)
+        with tempfile.TemporaryDirectory(prefix=f'.{folder.name}.', dir=folder.parent) as hidden:
+            beside = Path(hidden) / folder.name
+            save_pretrained(stock_model(model, tokenizer.pad_token_id), beside)
+            save_pretrained(spelling_tokenizer(tokenizer, model.space), beside)
+            model.space.save(beside / 'token_space.json')
+            shutil.rmtree(folder, ignore_errors=True)
+            os.replace(beside, folder)
     return folder
 
 

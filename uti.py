@@ -107,11 +107,12 @@ class TokenSpace:
         try:
             stored = json.loads(Path(path).read_text())
             space = cls.of_fields(stored)
+            is_whole = canonical({**space.fields(), 'sha256': space.sha256}) == canonical(stored)
         except OSError as e:
             raise SystemExit(f'{path}: no token space here ({e.strerror}); stage B1 writes it')
-        except (ValueError, KeyError, TypeError) as e:
+        except (ValueError, KeyError, TypeError, RecursionError) as e:
             raise SystemExit(f'{path}: not a token space ({e}); stage B1 writes it')
-        if canonical({**space.fields(), 'sha256': space.sha256}) != canonical(stored):
+        if not is_whole:
             raise SystemExit(f'{path}: its sha256 is not that of its content; restore the file or run stage B1 again')
         return space
 
@@ -386,12 +387,9 @@ def require_codec(modality, codec, described):
 
 def load_base(llm):
     """(base, as TokenSpace takes it; tokenizer) of a base model. No weight of it is read."""
-    from transformers import AutoConfig, AutoTokenizer
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(llm, trust_remote_code=False)
-        config = AutoConfig.from_pretrained(llm, trust_remote_code=False)
-    except (OSError, ValueError) as e:
-        raise SystemExit(f'{llm}: cannot load the tokenizer of this model ({str(e).splitlines()[0]})')
+    from model import load_config, load_tokenizer      # here: token spaces are needed where transformers is not
+    tokenizer = load_tokenizer(llm)
+    config = load_config(llm)
     end = tokenizer.convert_tokens_to_ids('<|im_end|>')
     if end is None or end == tokenizer.unk_token_id:
         raise SystemExit(f'{llm}: the tokenizer has no <|im_end|>: wanted a Qwen3 tokenizer')
@@ -454,23 +452,38 @@ def encode_in_another_process(build_settings, items):
         return pool.submit(encode_anew, build_settings, items).result()
 
 
+def read_baseline(path):
+    """{name: number or sha256} of the first run that passed its floors, None where there is none yet."""
+    if not path.exists():
+        return None
+    try:
+        baseline = json.loads(path.read_text())
+        for name in baseline.keys() & {'psnr', 'ssim', 'si_snr', 'log_mel'}:
+            float(baseline[name])
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as e:
+        raise SystemExit(f'{path}: not what an earlier run wrote ({e}); restore it, or remove it to begin anew')
+    return baseline
+
+
 def save_pictures(folder, originals, decoded):
     """One PNG, a line for each picture: the original beside the decoded one. Both uint8 (B, H, W, 3)."""
     from PIL import Image
-    folder.mkdir(exist_ok=True)
+
+    from media import write_picture
+    if not len(originals):
+        return
     zoom = max(1, 128 // originals.shape[1])           # small pictures are shown larger
     pairs = np.concatenate([originals, decoded], axis=2)               # (B, H, 2 W, 3)
     sheet = np.concatenate(pairs)                                      # (B H, 2 W, 3)
     sheet = sheet.repeat(zoom, axis=0).repeat(zoom, axis=1)
-    Image.fromarray(sheet).save(folder / 'original_decoded.png')
+    write_picture(folder / 'original_decoded.png', Image.fromarray(sheet))
 
 
 def save_sounds(folder, originals, decoded, rate):
-    import soundfile
-    folder.mkdir(exist_ok=True)
+    from media import write_sound
     for n, (original, again) in enumerate(zip(originals, decoded)):
-        soundfile.write(folder / f'{n:02d}_original.wav', original, rate)
-        soundfile.write(folder / f'{n:02d}_decoded.wav', again, rate)
+        write_sound(folder / f'{n:02d}_original.wav', original, rate)
+        write_sound(folder / f'{n:02d}_decoded.wav', again, rate)
 
 
 if __name__ == '__main__':
@@ -515,6 +528,10 @@ if __name__ == '__main__':
     config = configure(globals(), required=('llm',))
     # -----------------------------------------------------------------------------
 
+    for name, least in {'n_items': 1, 'n_alone': 1, 'n_shown': 0, 'max_bad_samples': 0}.items():
+        if config[name] < least:
+            raise SystemExit(f'{name} = {config[name]}: wanted at least {least}')
+
     # the token space
     lock = lock_run(out_dir)                           # held until this process ends
     out = Path(out_dir)
@@ -530,6 +547,7 @@ if __name__ == '__main__':
         'clip_seconds': clip_seconds,
         'device': str(device),
     }
+    baseline = read_baseline(out / 'baseline.json')    # before the work: a damaged one is met at once
     uti = UTI.build(**build_settings)
     space = uti.space
     space.save(out / 'token_space.json')
@@ -621,8 +639,7 @@ if __name__ == '__main__':
         'si_snr': -gate_si_snr_drop,
         'log_mel': gate_log_mel_rise,
     }
-    if (out / 'baseline.json').exists():
-        baseline = json.loads((out / 'baseline.json').read_text())
+    if baseline is not None:
         verdicts += gates.no_regression(measured, baseline, same, slack)
     elif all(verdict.passed for verdict in verdicts):  # what misses a floor is no measure for later runs
         write_atomic(out / 'baseline.json', json.dumps({**measured, **same}, indent=1))

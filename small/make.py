@@ -173,7 +173,10 @@ def world_seed(root, wanted=None):
     """The seed that all parts of this folder are made with; a new folder gets the wanted one, by default 1."""
     path = root / 'seed.json'
     if path.exists():
-        seed = json.loads(path.read_text())['seed']
+        try:
+            seed = int(json.loads(path.read_text())['seed'])
+        except (ValueError, KeyError, TypeError) as e:
+            raise SystemExit(f'{path}: wanted {{"seed": a number}} ({type(e).__name__}: {e}); restore it')
     elif any((root / part).exists() for part in PARTS):
         seed = 1                                       # made before there was a choice
     else:
@@ -194,8 +197,8 @@ def build(part, root, seed, position=0):
         root.mkdir(parents=True, exist_ok=True)
         with FileLock(root / f'.{part}.lock'):
             if not (root / part).exists():             # else another process has made it meanwhile
-                beside = root / f'{part}.tmp'
-                shutil.rmtree(beside, ignore_errors=True)   # what a killed build left
+                beside = root / f'.{part}.tmp'
+                shutil.rmtree(beside, ignore_errors=True)   # what a killed build left: we hold the lock
                 make_part(part, beside, seed, position)
                 os.replace(beside, root / part)
 

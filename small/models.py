@@ -15,7 +15,7 @@ from transformers import (
 from common import Progress, frozen_dtype
 from data import Example, collate
 from lists import Item, read_texts
-from model import VLM
+from model import VLM, save_pretrained
 from small import corpus
 from small.world import (
     BACKGROUNDS, COLOURS, PATCH, PIXELS, PLACES, SHAPES, SIZES, choose, draw, part_seed, random_scene)
@@ -73,7 +73,7 @@ def descend(model, loss_of_step, n_steps, learning_rate, title, position=0):
 
 def save_base_model(folder, *parts, report):
     for part in parts:
-        part.save_pretrained(folder)
+        save_pretrained(part, folder)
     (folder / 'report.json').write_text(json.dumps(report))
 
 

@@ -67,15 +67,16 @@ def read_lines(path):
         return [json.loads(line) for line in Path(path).read_text().splitlines()]
     except OSError as e:
         raise SystemExit(f'{path}: cannot read the predictions ({e.strerror}); run the stage to its end first')
+    except ValueError as e:
+        raise SystemExit(f'{path}: a line is not JSON ({e}); run the stage again')
 
 
 def read_truth(folder, what):
     """truth.json of a part of the small world: {id: what(fields)}, a Scene or a Sound each."""
     try:
-        text = (folder / 'truth.json').read_text()
-    except OSError as e:
-        raise SystemExit(f'{folder}: cannot read its truth.json ({e.strerror}); python -m small.make makes it')
-    return {id: what(fields) for id, fields in json.loads(text).items()}
+        return {id: what(fields) for id, fields in json.loads((folder / 'truth.json').read_text()).items()}
+    except (OSError, ValueError, TypeError, AttributeError) as e:
+        raise SystemExit(f'{folder}: cannot read its truth.json ({e}); python -m small.make makes it')
 
 
 def share(right, asked):
@@ -176,7 +177,7 @@ def score_prediction(task, line, media, truth):
     if task == 'a2t':
         return score_sound_caption(line['prediction'], truth)
     if task == 't2i':
-        return agreement(see(Image.open(f'{media}.png')), truth)
+        return agreement(see(Image.open(f'{media}.png', formats=['PNG'])), truth)
     import soundfile
     return agreement(hear(soundfile.read(f'{media}.wav')[0]), truth)
 

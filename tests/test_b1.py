@@ -203,11 +203,23 @@ def test_a_codec_whose_ids_depend_on_company_fails_the_audit(world_b, tmp_path, 
     monkeypatch.setattr(codec.PatchImages, 'encode', encode)
     monkeypatch.setattr(InThisProcess, 'wrong', 1)
     monkeypatch.setattr(concurrent.futures, 'ProcessPoolExecutor', InThisProcess)
-    code, printed = audit(world_b, tmp_path, '--audio_codec=', '--n_items=9')
+    code, printed = audit(world_b, tmp_path, '--audio_codec=', '--n_items=9', '--n_shown=0')
     assert code == 1
     for gate in ('image: ids that differ alone', 'image: ids that differ in another process', 'image: items measured',
                  'psnr'):
         assert f'FAIL  {gate}' in printed
+
+
+@pytest.mark.parametrize('arg, baseline, message', [
+    ('--n_alone=0', None, 'n_alone = 0: wanted at least 1'), ('--n_shown=-1', None, 'n_shown = -1: wanted at least 0'),
+    ('--n_items=0', None, 'n_items = 0: wanted at least 1'), ('--n_shown=0', '{"psnr": ', 'not what an earlier run'),
+    ('--n_shown=0', '[]', 'not what an earlier run'), ('--n_shown=0', '{"psnr": null}', 'not what an earlier run')])
+def test_what_cannot_be_used_is_one_line_before_the_work(world_b, tmp_path, monkeypatch, arg, baseline, message):
+    monkeypatch.setattr(uti.UTI, 'build', lambda **_: pytest.fail('it went to work'))
+    if baseline:
+        (tmp_path / 'baseline.json').write_text(baseline)
+    code, _ = audit(world_b, tmp_path, arg)
+    assert message in code and len(code.splitlines()) == 1
 
 
 def test_data_without_a_usable_file_ends_in_one_line(world_b, tmp_path, monkeypatch):

@@ -1,27 +1,35 @@
 """model.py: tower, connector, attention over unpadded examples, losses, ablation, cached features, generation."""
 import copy
 import json
+import os
 import shutil
+import signal
+import time
 from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
 
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from test_common import no_file_larger_than
 from transformers import AutoTokenizer, Qwen3ForCausalLM, SiglipImageProcessorPil, SiglipVisionConfig, SiglipVisionModel
 
+import codec
 import model
+import uti
+from common import write_sealed
 from data import ChatTemplate, Loader, collate, image_reader, padded_layout
 from lists import Item, read_llava
 from media import BadSample, BadSamples, read_image
 from inference import (
     VisionChat, ablation_means, complete_examples, generate, image_ablation, pick, token_moments)
 from model import (
-    VLM, Connector, Tower, cache_features, label_losses, load_llm, load_tokenizer, load_tower, load_vlm,
+    VLM, Connector, Tower, cache_features, image_settings, label_losses, load_llm, load_tokenizer, load_tower, load_vlm,
     short_attention)
 
 SHAPE = {'num_image_tokens': 4, 'width': 16, 'depth': 2, 'heads': 2, 'vision_ln': True}
@@ -126,16 +134,67 @@ def test_pixels_are_normalised_with_the_mean_and_deviation_of_the_processors_fil
     assert ((pixels - tower.mean) / tower.std).flatten().tolist() == pytest.approx([-0.5, 0, 1])
 
 
-@pytest.mark.parametrize('content, says', [(None, 'has neither preprocessor_config.json nor'), ('{', 'cannot read its'),
-                                           ('[]', 'cannot read its')])
-def test_a_tower_that_does_not_say_how_it_wants_its_pictures_is_refused(tiny, tmp_path, content, says):
-    shutil.copytree(tiny / 'vision', tmp_path / 'vision')
-    (tmp_path / 'vision' / 'preprocessor_config.json').unlink()
-    if content is not None:
-        (tmp_path / 'vision' / 'preprocessor_config.json').write_text(content)
+def move_processor(folder):
+    """Where transformers 5 writes it when a whole SiglipProcessor is saved."""
+    stored = json.loads((folder / 'preprocessor_config.json').read_text())
+    (folder / 'preprocessor_config.json').unlink()
+    (folder / 'processor_config.json').write_text(json.dumps({'image_processor': stored, 'processor_class': 'X'}))
+
+
+def test_the_processor_may_stand_in_processor_config_json(tiny, tmp_path):
+    folder = tmp_path / 'vision'
+    shutil.copytree(tiny / 'vision', folder)
+    change_json(folder / 'preprocessor_config.json', image_mean=[0.1, 0.2, 0.3], resample=2)
+    wanted = {'size': 32, 'resample': 2, 'mean': [0.1, 0.2, 0.3], 'std': [0.5, 0.5, 0.5]}
+    assert image_settings(folder) == wanted
+    (folder / 'processor_config.json').write_text('{"processor_class": "SiglipProcessor"}')   # as older versions do
+    assert image_settings(folder) == wanted
+    move_processor(folder)
+    assert image_settings(folder) == wanted
+    assert SiglipImageProcessorPil.from_pretrained(folder).image_mean == (0.1, 0.2, 0.3)
+
+
+@pytest.mark.parametrize('change, message', [
+    (None, 'processor_config.json is not there; preprocessor_config.json is not there'),
+    ('{"image_me', 'not valid JSON'),
+    ('[]', 'found list'),
+    ('{}', 'image_mean is None'),
+    ({'image_std': [0.5]}, 'image_std is [0.5]'),
+    ({'resample': None}, 'resample is None'),
+    ({'size': {'height': 64, 'width': 64}}, "size is {'height': 64, 'width': 64}, but the tower takes 32 x 32"),
+    ({'size': {'shortest_edge': 16}}, "size is {'shortest_edge': 16}"),
+    ({'do_rescale': False}, 'wanted a processor that resizes, rescales'),
+])
+def test_a_tower_without_a_processor_or_with_another_is_refused_with_one_line(tiny, tmp_path, change, message):
+    folder = tmp_path / 'vision'
+    shutil.copytree(tiny / 'vision', folder)
+    file = folder / 'preprocessor_config.json'
+    if change is None:
+        file.unlink()
+    elif isinstance(change, str):
+        file.write_text(change)
+    else:
+        change_json(file, **change)
     with pytest.raises(SystemExit) as e:
-        load_tower(tmp_path / 'vision')
-    assert_one_line(e.value, tmp_path / 'vision', says)
+        load_tower(folder)
+    assert_one_line(e.value, folder, message)
+
+
+def test_a_processor_that_could_not_be_fetched_is_not_one_that_is_absent(tiny, tmp_path, monkeypatch):
+    """A tower of the hub, offline, of which the cache has some files."""
+    monkeypatch.setattr(huggingface_hub.constants, 'HF_HUB_CACHE', str(tmp_path))
+    snapshot = tmp_path / 'models--org--tower' / 'snapshots' / 'abc'
+    shutil.copytree(tiny / 'vision', snapshot)
+    (tmp_path / 'models--org--tower' / 'refs').mkdir()
+    (tmp_path / 'models--org--tower' / 'refs' / 'main').write_text('abc')
+    wanted = image_settings(tiny / 'vision')
+    assert image_settings('org/tower') == wanted
+    move_processor(snapshot)
+    assert image_settings('org/tower') == wanted
+    (snapshot / 'processor_config.json').unlink()
+    with pytest.raises(SystemExit) as e:
+        image_settings('org/tower')
+    assert_one_line(e.value, 'preprocessor_config.json: We couldn', 'connect')
 
 
 LOADERS = {'llm': load_llm, 'vision': load_tower}
@@ -183,15 +242,42 @@ def test_a_model_of_another_type_is_refused_with_one_line(tiny, tmp_path, kind, 
     assert_one_line(e.value, tmp_path / kind, other)
 
 
-def test_code_in_a_models_folder_never_runs(tiny, tmp_path):
-    folder = tmp_path / 'llm'
-    shutil.copytree(tiny / 'llm', folder)
+@pytest.mark.parametrize('kind, load', [
+    ('llm', load_llm), ('llm', load_tokenizer), ('llm', uti.load_base), ('vision', load_tower),
+    ('llm', codec.load_image_codec), ('llm', partial(codec.load_audio_codec, clip_seconds=1.0))])
+@pytest.mark.parametrize('model_type', ['its own', 'theirs'])
+def test_code_in_a_models_folder_never_runs_and_nobody_is_asked(tiny, tmp_path, monkeypatch, kind, load, model_type):
+    """A folder that names its own code is loaded by the class that transformers ships, or refused with one line."""
+    monkeypatch.setattr('builtins.input', lambda *_: 'y')
+    folder = tmp_path / kind
+    shutil.copytree(tiny / kind, folder)
     (folder / 'theirs.py').write_text(f'open({str(tmp_path / "it_ran")!r}, "w")')
-    change_json(folder / 'config.json', auto_map={
-        'AutoConfig': 'theirs.A', 'AutoModelForCausalLM': 'theirs.B', 'AutoTokenizer': ['theirs.C', None]})
-    load_llm(folder)
-    load_tokenizer(folder)
+    auto_map = {'AutoConfig': 'theirs.A', 'AutoModelForCausalLM': 'theirs.B', 'AutoModel': 'theirs.B',
+                'AutoTokenizer': ['theirs.C', None], 'AutoImageProcessor': 'theirs.D'}
+    other = {} if model_type == 'its own' else {'model_type': model_type}
+    change_json(folder / 'config.json', auto_map=auto_map, **other)
+    change_json(folder / ('tokenizer_config.json' if kind == 'llm' else 'preprocessor_config.json'), auto_map=auto_map)
+    is_codec = load not in (load_llm, load_tokenizer, uti.load_base, load_tower)
+    if other or is_codec:
+        with pytest.raises(SystemExit) as e:
+            load(str(folder))
+        assert_one_line(e.value, folder)
+    else:
+        load(str(folder))
     assert not (tmp_path / 'it_ran').exists()
+
+
+@pytest.mark.parametrize('content', [None, '', '{"version": "1.0", "trunc', '{}', '[]', 'null', '{"added_tokens": []}'])
+@pytest.mark.parametrize('load', [load_tokenizer, uti.load_base])
+def test_a_damaged_or_absent_tokenizer_is_one_line(tiny, tmp_path, content, load):
+    shutil.copytree(tiny / 'llm', tmp_path / 'llm')
+    file = tmp_path / 'llm' / 'tokenizer.json'
+    file.unlink()
+    if content is not None:
+        file.write_text(content)
+    with pytest.raises(SystemExit) as e:
+        load(str(tmp_path / 'llm'))
+    assert_one_line(e.value, tmp_path / 'llm', 'wanted a whole tokenizer.json')
 
 
 @pytest.mark.parametrize('llm_width, n_parameters', [(4096, 82_444_800), (1024, 13_223_424)])    # Qwen3-8B and 0.6B
@@ -456,7 +542,8 @@ def gallery(tmp_path):
     """Five image files, and a way to cache their features."""
     paths = [str(save_noise(tmp_path / f'{k}.png', seed=k)) for k in range(5)]
     fill = partial(cache_features, tmp_path / 'cache', read=READ, device='cpu', batch_size=2)
-    return SimpleNamespace(paths=paths, fill=fill, files=lambda: sorted((tmp_path / 'cache').glob('*.npy')))
+    folder = tmp_path / 'cache'
+    return SimpleNamespace(paths=paths, fill=fill, folder=folder, files=lambda: sorted(folder.glob('*.npy')))
 
 
 def test_cached_features_are_the_towers_and_a_second_call_does_not_run_it(world, gallery, monkeypatch):
@@ -495,6 +582,92 @@ def test_an_unreadable_or_missing_image_is_left_out_of_the_cache(world, gallery)
     with pytest.raises(BadSample) as e:
         image_reader(READ, features)(example)
     assert_one_line(e.value, gallery.paths[1])
+
+
+@pytest.mark.parametrize('what, message', [
+    ('a bit of the features', 'its sha256 is not that in'),
+    ('a bit of the seal', 'its sha256 is not that of its content'),
+    ('an empty seal', 'remove it and run stage A1 or A2 again'),
+    ('another seal', 'its sha256 is not that in')])
+def test_a_cache_that_has_changed_is_refused_and_without_its_seal_made_anew(world, gallery, what, message):
+    want = {path: array.copy() for path, array in gallery.fill(world.vlm.tower, gallery.paths).items()}
+    file, = gallery.files()
+    seal = file.with_suffix('.json')
+    if what == 'a bit of the features':
+        content = bytearray(file.read_bytes())
+        content[-3] ^= 1
+        file.write_bytes(content)
+    elif what == 'a bit of the seal':
+        seal.write_text(seal.read_text().replace('"broken": []', '"broken": [3]'))
+    elif what == 'an empty seal':
+        seal.write_text('{}')
+    else:
+        write_sealed(seal, {})
+    with pytest.raises(SystemExit) as e:
+        gallery.fill(world.vlm.tower, gallery.paths)
+    assert_one_line(e.value, file.parent, message)
+    seal.unlink()
+    again = gallery.fill(world.vlm.tower, gallery.paths)
+    assert all(np.array_equal(again[path], want[path]) for path in want)
+
+
+def test_a_full_disk_is_met_before_any_feature_is_made_and_leaves_nothing(world, gallery, monkeypatch):
+    monkeypatch.setattr(world.vlm.tower, 'forward', lambda pixels: pytest.fail('the tower ran'))
+    with no_file_larger_than(3000), pytest.raises(SystemExit) as e:    # five images take 5,120 bytes
+        gallery.fill(world.vlm.tower, gallery.paths)
+    assert_one_line(e.value, 'features-', '(File too large); set feature_cache to another folder')
+    assert [path.suffix for path in gallery.folder.iterdir()] == ['.lock']
+
+
+def test_a_finished_cache_is_read_without_a_lock_or_a_write(world, gallery, monkeypatch):
+    """As on a disk that is mounted read-only."""
+    want = gallery.fill(world.vlm.tower, gallery.paths)
+    before = sorted(gallery.folder.iterdir())
+
+    def refuse(*_, **__):
+        raise PermissionError(30, 'Read-only file system')
+    for name in 'FileLock', 'write_features':
+        monkeypatch.setattr(model, name, refuse)
+    monkeypatch.setattr(type(gallery.folder), 'mkdir', refuse)
+    again = gallery.fill(world.vlm.tower, gallery.paths)
+    assert all(np.array_equal(again[path], want[path]) for path in want)
+    assert sorted(gallery.folder.iterdir()) == before
+    Image.new('RGB', (32, 32)).save(gallery.paths[0])
+    with pytest.raises(SystemExit) as e:               # another one has to be written
+        gallery.fill(world.vlm.tower, gallery.paths)
+    assert_one_line(e.value, gallery.folder, '(Read-only file system); set feature_cache to another folder')
+
+
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize('while_it', ['reads an image', 'waits for the lock', 'runs the tower'])
+def test_a_signal_ends_the_caching_at_once_and_leaves_nothing_half(world, gallery, monkeypatch, while_it, number):
+    noted = []
+    handler = signal.signal(number, lambda *_: noted.append(1))        # as StopSignal does: only noted
+
+    def kill(*args, **options):
+        os.kill(os.getpid(), number)
+        time.sleep(60)
+    if while_it == 'reads an image':
+        gallery.fill = partial(gallery.fill, read=kill)
+    elif while_it == 'runs the tower':
+        monkeypatch.setattr(world.vlm.tower, 'forward', kill)
+    else:
+        monkeypatch.setattr(model, 'FileLock', kill)
+    start = time.monotonic()
+    try:
+        with pytest.raises(SystemExit) as e:
+            gallery.fill(world.vlm.tower, gallery.paths)
+        assert_one_line(e.value, f'{signal.Signals(number).name} stopped this run')
+        assert time.monotonic() - start < 10 and not noted
+        assert {path.suffix for path in gallery.folder.iterdir()} <= {'.lock'}
+        os.kill(os.getpid(), number)
+        assert noted == [1]                            # the handler from before is back
+    finally:
+        signal.signal(number, handler)
+
+
+def test_a_cache_of_no_images_is_empty(world, gallery):
+    assert gallery.fill(world.vlm.tower, [gallery.paths[0] + '.none']) == {}
 
 
 # -----------------------------------------------------------------------------

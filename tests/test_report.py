@@ -1,6 +1,7 @@
 """tools/report.py: the page of a whole out folder, of half-finished and damaged ones, also in a browser."""
 import html
 import json
+import math
 import os
 import queue
 import re
@@ -16,7 +17,7 @@ import numpy as np
 import pytest
 import soundfile
 from conftest import REPO
-from PIL import Image
+from PIL import EpsImagePlugin, Image
 
 from common import sha256_file
 from gates import at_least, at_most, conclude
@@ -108,8 +109,10 @@ def write_audit(folder):
 
 
 def write_shards(folder, media):
-    write(media / 'data.json', [{'id': f'captions-{n:06d}', 'image': f'{n}.png'} for n in range(4)])
-    write_lines(media / 'manifest.jsonl', [{'id': f's{n}', 'audio': f'{n}.wav'} for n in range(4)])
+    turns = [{'from': 'human', 'value': '<image>'}, {'from': 'gpt', 'value': 'a red circle'}]
+    write(media / 'data.json', [{'id': f'captions-{n:06d}', 'image': f'{n}.png', 'conversations': turns}
+                                for n in range(4)])
+    write_lines(media / 'manifest.jsonl', [{'id': f's{n}', 'audio': f'{n}.wav', 'text': 'a tone'} for n in range(4)])
     settings = {'data_json': f'{media}/data.json', 'image_root': f'{media}', 'manifests': [f'{media}/manifest.jsonl']}
     split = {'media': 4, 'items': 6, 'shards': [{'ids': 1234, 'bytes': 999}]}
     write(folder / 'index.json', {'splits': {'train': split, 'eval': split},
@@ -330,7 +333,7 @@ def with_leaves(value, other):
     return [with_leaves(part, other) for part in value] if isinstance(value, list) else other
 
 
-@pytest.mark.parametrize('damage', ['half', 'list', EVIL, -1, {'x': []}], ids=repr)
+@pytest.mark.parametrize('damage', ['half', 'list', EVIL, -1, math.nan, {'x': []}], ids=repr)
 def test_no_content_of_the_files_keeps_the_page_from_being_made(out, damage):
     for path in [path for path in out.rglob('*') if path.is_file()]:
         content = path.read_bytes()
@@ -344,6 +347,33 @@ def test_no_content_of_the_files_keeps_the_page_from_being_made(out, damage):
     page = page_of(out)
     assert [heading.split(' ')[0] for heading in headings(page)] == STAGES
     assert len(notes(page)) > 5 and EVIL not in page
+
+
+@pytest.mark.parametrize('kind', ['PostScript', 'a pipe', 'no file'])
+def test_what_is_no_picture_is_neither_run_nor_waited_for(out, kind, monkeypatch):
+    """Its name ends in .png and a prediction names it."""
+    monkeypatch.setattr(EpsImagePlugin, 'Ghostscript', lambda *_: pytest.fail('a program was started'))
+    picture = out.parent / 'media' / '1.png'
+    if kind == 'PostScript':
+        picture.write_bytes(b'%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n')
+    else:
+        picture.unlink()
+    if kind == 'a pipe':
+        os.mkfifo(picture)
+    assert '1.png: cannot be shown' in section(page_of(out), 'A2')
+
+
+def test_names_of_a_sweep_stay_text_and_are_no_formulas(out):
+    made = json.loads((out / 'a11_small' / 'sweep.json').read_text())
+    name = '$x_{<script>}$'
+    made['settings']['grid'][name] = made['settings']['grid'].pop('vision_ln')
+    for row in made['runs']:
+        row[name] = f'${row.pop("vision_ln")}$ | <b>'
+        row['score'] = math.nan if row['score'] > 3 else row['score']
+    write(out / 'a11_small' / 'sweep.json', made)
+    page = page_of(out / 'a11_small')
+    assert '<script' not in page and '<b>' not in page and notes(page) == []
+    assert '<th>$x_{&lt;script&gt;}$</th>' in page and '<td>$True$ | &lt;b&gt;</td>' in page and '<td>nan</td>' in page
 
 
 # -----------------------------------------------------------------------------

@@ -1,10 +1,12 @@
 """sample.py on runs of Track A, from the command line, and what it exports. Track B: test_train_b4.py."""
 import builtins
 import json
+import os
 import re
 import resource
 import shutil
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -60,6 +62,7 @@ def test_sampling_is_repeated_by_its_seed_and_zero_is_greedy(a1_run, tiny):
     (('--draw', 'caf\udce9'), 'is not UTF-8'),        # of a terminal in Latin-1
     (('--image', 'none.png', '--llm', '/no/where'), '/no/where: no Hugging Face model here'),
     (('--image', 'none.png', '--top_p', '2'), 'wanted a --top_p'),
+    (('--image', 'none.png', '--guidance', 'nan'), 'wanted a --guidance that is a number'),
     (('--export', 'folder', '--image', 'x.png'), '--export goes alone'),
     ((), 'nothing to do')])
 def test_bad_input_gets_one_line(a1_run, args, found, tmp_path, capsys):
@@ -145,17 +148,20 @@ def test_a_card_says_what_failed_and_what_was_never_judged(exported, a2_run, a1_
     assert '# out: NOT JUDGED' in (tmp_path / 'out' / 'README.md').read_text()
 
 
-def test_no_name_breaks_out_of_a_card(tmp_path):
-    name = 'a | b\n| <script> \\| [x](http://y) `'
+@pytest.mark.parametrize('name, safe', [
+    ('a | b\n| <script> \\| [x](http://y) `', r'a \| b \| \<script> \\\| [x]\(http://y) \`'),
+    ('*b* _i_ a_b ~~s~~ &lt;b&gt; $x$ [x][y] [x]: z', r'\*b\* \_i\_ a_b \~\~s\~\~ \&lt;b\&gt; \$x\$ [x]\[y] [x]\: z'),
+    ('# a\u2028- b\r\n\r\n```caf\udce9', r'# a - b \`\`\`caf?')])
+def test_no_name_breaks_out_of_a_card(tmp_path, name, safe):
+    """The second part of a case: its letters as Markdown shows them, on one line."""
     conclude(tmp_path, [exactly(name, 1, 0)])
-    model = {'llm': 'org/name', 'tower_layer': -1}
+    model = {'llm': 'org/na_me', 'tower_layer': -1}
     meta = {'stage': 'a1', 'step': 1, 'n_steps': 1, 'model': model, 'frozen_sha256': ''}
     write_card('card_graft.md', tmp_path, tmp_path, meta, library='nanograft', name=name, llm=name, vision=name,
                template='{image}', num_image_tokens=4, connector='1', frozen_dtype='float32')
     card = (tmp_path / 'README.md').read_text()
-    safe = r'a \| b \| \<script> \\\| [x]\(http://y) \`'
     assert f'| **FAIL** | {safe} | 1 | = 0 |\n' in card and f'| language model | {safe} |\n' in card
-    assert f'# {safe}: FAILED 1 of 1 gates\n' in card and 'base_model: org/name\n' in card
+    assert f'# {safe}: FAILED 1 of 1 gates\n' in card and 'base_model: org/na_me\n' in card
 
 
 def test_a_folder_that_is_not_empty_is_refused_and_an_empty_one_is_taken(a1_run, tmp_path):
@@ -184,6 +190,26 @@ def test_a_full_disk_leaves_nothing_and_is_one_line(a2_run, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_an_export_leaves_a_users_own_files_beside_it_alone(a1_run, tmp_path):
+    for name in 'out.tmp', 'out.prev', '.out':
+        (tmp_path / name).mkdir()
+        (tmp_path / name / 'mine.txt').write_text('mine')
+    assert sample(a1_run.out, '--export', tmp_path / 'out')[0] == 0
+    assert {path.name for path in tmp_path.iterdir()} == {'out', 'out.tmp', 'out.prev', '.out'}
+    assert len(list(tmp_path.glob('*/mine.txt'))) == 3
+
+
+def test_a_name_that_is_no_text_is_printed_and_exported_all_the_same(a1_run, tiny, tmp_path):
+    """Bytes that are not UTF-8, as a file from a Latin-1 disk has in its name."""
+    picture = os.fsdecode(bytes(tmp_path) + b'/caf\xe9.png')
+    shutil.copy(tiny / 'captions/images/000001.png', picture)
+    code, printed = sample(a1_run.out, '--image', picture, '--max_new_tokens=2')
+    assert code == 0 and 'caf\\udce9.png: ' in printed
+    folder = os.fsdecode(bytes(tmp_path) + b'/caf\xe9')
+    code, printed = sample(a1_run.out, '--export', folder)
+    assert code == 0 and '# caf?: ' in Path(folder, 'README.md').read_text()
+
+
 def test_a_damaged_export_is_refused_in_one_line(exported, tmp_path):
     shutil.copytree(exported['a2'], tmp_path / 'a2')
     damage(tmp_path / 'a2' / 'adapter_model.safetensors')
@@ -191,6 +217,11 @@ def test_a_damaged_export_is_refused_in_one_line(exported, tmp_path):
         load_exported(tmp_path / 'a2')
     with pytest.raises(SystemExit, match='no exported run of Track A here'):
         load_exported(tmp_path)
+    described = read_json(exported['a1'] / 'config.json')
+    shutil.copytree(exported['a1'], tmp_path / 'a1')
+    (tmp_path / 'a1' / 'config.json').write_text(json.dumps({**described, 'files': {}}))   # which vouch for nothing
+    with pytest.raises(SystemExit, match='connector.safetensors is not the file that config.json describes'):
+        load_exported(tmp_path / 'a1')
 
 
 def test_another_base_model_is_refused_when_it_is_exported_and_when_it_is_loaded(exported, a1_run, tiny,

@@ -189,10 +189,11 @@ def test_ensure_leaves_a_finished_part_alone_and_finishes_what_a_kill_left(tmp_p
         made.append((folder.name, seed))
 
     monkeypatch.setattr(make, 'DATA', {'captions': fake, 'instruct': fake})
-    (tmp_path / 'instruct.tmp').mkdir()
+    (tmp_path / '.instruct.tmp').mkdir()
+    (tmp_path / 'instruct.tmp').mkdir()                # somebody's own
     make.ensure('instruct', root=tmp_path)
     make.ensure('instruct', 'captions', root=tmp_path)
-    assert made == [('captions.tmp', 1), ('instruct.tmp', 1)] and (tmp_path / 'instruct').is_dir()
+    assert made == [('.captions.tmp', 1), ('.instruct.tmp', 1)] and (tmp_path / 'instruct.tmp').is_dir()
 
 
 def test_a_folder_keeps_the_seed_that_it_was_made_with(tmp_path, monkeypatch):

@@ -1,5 +1,10 @@
 """token_model.py: new rows, the typed head, ablations, sampling under the grammar, completions, the export."""
+import hashlib
+import io
 import json
+import pickle
+import shutil
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -8,16 +13,21 @@ import soundfile
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from test_common import no_file_larger_than
+from test_model import assert_one_line, change_json
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
+from common import whole_folder
 from data import Example, collate
-from model import load_llm
+from gates import curves
+from media import contact_sheet, write_picture, write_sound
+from model import load_llm, save_pretrained
 from shards import Record, prompt_of, token_example, with_prompt
 from token_model import (
     TokenModel, complete_task, derangement, example_sums, export_difference, export_stock, load_new_rows, random_media,
     read_text, save_new_rows, shuffled_media, shuffled_prompts, text_difference, training_bytes, write_codes,
     write_completions)
-from uti import Grammar, TokenSpace
+from uti import Grammar, TokenSpace, save_pictures, save_sounds
 
 N_TEXT = 512                                           # rows of the tiny world's language model
 END = 2                                                # its <|im_end|>
@@ -215,7 +225,7 @@ def recomputed(model, task, prompt, guidance):
     return codes
 
 
-@pytest.mark.parametrize('task, guidance', [('t2i', 1.0), ('t2i', 3.0), ('t2a', 3.0)])
+@pytest.mark.parametrize('task, guidance', [('t2i', 0.0), ('t2i', 1.0), ('t2i', 3.0), ('t2a', 3.0)])
 def test_greedy_codes_are_those_of_a_full_recomputation(model, task, guidance):
     found = write_codes(model, GRAMMAR, task, PROMPTS, temperature=0.0, guidance=guidance)
     assert found.tolist() == [recomputed(model, task, prompt, guidance) for prompt in PROMPTS]
@@ -317,6 +327,127 @@ def test_rows_that_are_damaged_or_of_another_space_are_refused(model, tmp_path):
     (tmp_path / 'trainable_rows.pt').write_bytes(body)
     with pytest.raises(SystemExit, match='is not the file that trainable_rows.json describes'):
         load_new_rows(model, tmp_path)
+
+
+def test_a_pickle_in_the_place_of_rows_does_not_run(model, tmp_path):
+    save_new_rows(model, tmp_path)
+    body = pickle.dumps(Opens(tmp_path / 'it_ran'))
+    (tmp_path / 'trainable_rows.pt').write_bytes(body)
+    change_json(tmp_path / 'trainable_rows.json', sha256=hashlib.sha256(body).hexdigest())
+    with pytest.raises(SystemExit) as e:
+        load_new_rows(model, tmp_path)
+    assert_one_line(e.value, tmp_path, 'cannot read its trainable rows')
+    assert not (tmp_path / 'it_ran').exists()
+
+
+class Opens:
+    """Its pickle opens a file when it is loaded."""
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), 'w')
+
+
+@pytest.mark.parametrize('name, content', [
+    ('trainable_rows.json', '{}'), ('trainable_rows.json', '[]'), ('trainable_rows.json', '{"sha'),
+    ('trainable_rows.json', '[' * 100_000), ('trainable_rows.pt', ''), ('token_space.json', '{"base": NaN}')])
+def test_damaged_rows_are_one_line(model, tmp_path, name, content):
+    save_new_rows(model, tmp_path)
+    (tmp_path / name).write_text(content)
+    with pytest.raises(SystemExit) as e:
+        load_new_rows(model, tmp_path)
+    assert_one_line(e.value, tmp_path)
+
+
+def test_rows_of_another_file_of_tensors_are_one_line(model, tmp_path):
+    save_new_rows(model, tmp_path)
+    body = io.BytesIO()
+    torch.save({'new_in': torch.zeros(36, 32)}, body)  # without new_out
+    (tmp_path / 'trainable_rows.pt').write_bytes(body.getvalue())
+    change_json(tmp_path / 'trainable_rows.json', sha256=hashlib.sha256(body.getvalue()).hexdigest())
+    with pytest.raises(SystemExit) as e:
+        load_new_rows(model, tmp_path)
+    assert_one_line(e.value, tmp_path, "'new_out'")
+
+
+# -----------------------------------------------------------------------------
+# every writer of the core, on a full disk and beside a user's files
+
+
+def pictures(n=2, side=64):
+    return np.random.default_rng(0).integers(0, 256, (n, side, side, 3)).astype(np.uint8)
+
+
+def write_sheet(folder):
+    write_picture(folder.parent / 'a.png', Image.new('RGB', (9, 9)))
+    contact_sheet(folder / 'sheet.png', [folder.parent / 'a.png'] * 8, ['a dark square'] * 8)
+
+
+def write_log_and_curves(folder):
+    records = [{'kind': 'step', 'step': 1, 'window_loss': 2.0}, {'kind': 'eval', 'step': 1, 'loss': 1.0}]
+    (folder.parent / 'log.jsonl').write_text(''.join(json.dumps(record) + '\n' for record in records))
+    curves(folder.parent / 'log.jsonl', folder / 'curves.png', ['loss'])
+
+
+def complete(task, folder, model, tokenizer):
+    examples = examples_of(task, task)
+    outputs = [example.item.payload.tolist() for example in examples]
+    write_completions(folder / task, task, examples, outputs, tokenizer, StubUTI())
+
+
+WRITERS = {                                            # (its largest file, of which the disk takes less; the writer)
+    'a picture': (9_000, lambda folder, *_: write_picture(folder / 'x.png', Image.fromarray(pictures()[0]))),
+    'a sound': (9_000, lambda folder, *_: write_sound(folder / 'x.wav', np.ones(9000, np.float32), 8000)),
+    'a contact sheet': (900, lambda folder, *_: write_sheet(folder)),
+    'curves': (9_000, lambda folder, *_: write_log_and_curves(folder)),
+    "B1's pictures": (9_000, lambda folder, *_: save_pictures(folder, pictures(), pictures())),
+    "B1's sounds": (9_000, lambda folder, *_: save_sounds(folder, np.ones((2, 9000)), np.ones((2, 9000)), 8000)),
+    'golden pictures': (500, partial(complete, 't2i')),
+    'golden sounds': (50, partial(complete, 't2a')),
+    'new rows': (3_000, lambda folder, model, _: save_new_rows(model, folder)),
+    "B3's export": (50_000, lambda folder, model, tokenizer: export_stock(model, tokenizer, folder / 'export')),
+    'a tokenizer': (9_000, lambda folder, model, tokenizer: in_whole_folder(folder / 'x', tokenizer)),
+}
+
+
+def in_whole_folder(folder, tokenizer):
+    with whole_folder(folder) as beside:
+        save_pretrained(tokenizer, beside)
+
+
+@pytest.mark.parametrize('n_bytes, write', WRITERS.values(), ids=WRITERS)
+def test_a_full_disk_is_one_line_and_leaves_nothing_half(model, tiny, tmp_path, n_bytes, write):
+    tokenizer = AutoTokenizer.from_pretrained(tiny / 'llm')
+    folder = tmp_path / 'out'
+    folder.mkdir()
+    with no_file_larger_than(n_bytes), pytest.raises(SystemExit) as e:
+        write(folder, model, tokenizer)
+    assert_one_line(e.value, folder, 'cannot write here')
+    left = {path for path in folder.rglob('*') if path.is_file()}
+    write(folder, model, tokenizer)
+    whole = {path: path.stat().st_size for path in folder.rglob('*') if path.is_file()}
+    assert left < set(whole) and max(whole.values()) > n_bytes
+    assert all(path.stat().st_size == whole[path] for path in left)    # the small ones, written before
+
+
+@pytest.mark.parametrize('write', [write for _, write in WRITERS.values()], ids=WRITERS)
+def test_a_users_own_tmp_stays(model, tiny, tmp_path, write):
+    tokenizer = AutoTokenizer.from_pretrained(tiny / 'llm')
+    write(tmp_path, model, tokenizer)
+    own = set()
+    for path in [path for path in tmp_path.rglob('*') if path.name != 'a.png']:
+        own.add(path.with_name(path.name + '.tmp'))
+    for n, path in enumerate(sorted(own)):
+        if n % 2:
+            path.write_text('mine')
+        else:
+            path.mkdir()
+            (path / 'mine').touch()
+    shutil.rmtree(tmp_path / 'x', ignore_errors=True)  # only a vacant folder is taken
+    own = {path for path in own if path.parent.exists()}
+    write(tmp_path, model, tokenizer)
+    assert all((path / 'mine').exists() or path.read_text() == 'mine' for path in own if path.parent.name != 'export')
 
 
 @torch.no_grad()

@@ -16,12 +16,17 @@ from markupsafe import Markup
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
-from common import frozen_dtype, sha256_file, sha256_tensors, whole_folder
+from common import frozen_dtype, sha256_file, sha256_tensors, whole_folder, write_atomic
 from gates import read_verdict
 from inference import VisionChat
 from model import load_tokenizer, load_vlm
 from token_model import export_stock
 from uti import base_name, tokenizer_sha256
+
+# the weights of a run of Track A, beside config.json and README.md
+FILES = {
+    'a1': ['connector.safetensors'],
+    'a2': ['connector.safetensors', 'adapter_model.safetensors', 'adapter_config.json']}
 
 # an example of Track A as text; a test compares it with the trained ids
 TEMPLATES = {
@@ -37,7 +42,9 @@ def escaped(value):
     if isinstance(value, Markup):                      # marked `| safe` in a card: our own text, inside backticks
         return value
     line = ' '.join(str(value).split())
-    return re.sub(r'[\\`|<]|(?<=])\(', r'\\\g<0>', line)
+    line = line.encode('utf-8', 'replace').decode()    # a file's name may hold bytes that are no text
+    # an underscore inside a word is one to Markdown too
+    return re.sub(r'[\\`|<&*~$]|(?<=])[(\[:]|(?<![^\W_])_|_(?![^\W_])', r'\\\g<0>', line)
 
 
 # finalize: every value that a card names is escaped, so that no template can forget it
@@ -65,7 +72,7 @@ def write_card(card, folder, run, meta, **values):
     text = CARDS.get_template(card).render(
         gates=verdicts, failed=failed, verdict=verdict, meta=meta, hub_name=llm if on_hub else '',
         **values)
-    (Path(folder) / 'README.md').write_text(text)
+    write_atomic(Path(folder) / 'README.md', text)
     return verdict
 
 
@@ -151,12 +158,13 @@ def read_config(folder):
     """The config.json of an exported Track A run; exits unless every file is the one that it describes."""
     try:
         config = json.loads((folder / 'config.json').read_text())
-        files = config['files'].items()
+        files = dict(config['files'])
+        wanted = FILES[config['stage']]
         config['model']['llm']
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as e:
         raise SystemExit(f'{folder}: no exported run of Track A here ({e}); sample.py writes one with --export')
-    for name, sha256 in files:
-        if not (folder / name).is_file() or sha256_file(folder / name) != sha256:
+    for name in wanted:                                # all of them, whatever config.json says: {} would vouch for any
+        if not (folder / name).is_file() or sha256_file(folder / name) != files.get(name):
             raise SystemExit(f'{folder}/{name} is not the file that config.json describes: export the run again')
     return config
 

@@ -10,6 +10,7 @@ $ python -m tools.report out
 import base64
 import io
 import json
+import math
 import sys
 import time
 from pathlib import Path
@@ -23,7 +24,9 @@ from PIL import Image, ImageOps
 
 from common import sha256_file, write_atomic
 from gates import read_verdict, verdict_files
-from media import IMAGE_FORMATS, MAX_PIXELS
+from lists import read_llava
+from media import IMAGE_FORMATS, MAX_PIXELS, BadSamples
+from shards import read_manifest
 
 STAGES = ['a1', 'a11', 'a2', 'b1', 'b2', 'b3', 'b4', 'other']   # other: a folder with gates
 STAGE_OF_FILE = {'sweep.json': 'a11', 'index.json': 'b2', 'plan.json': 'b2', 'token_space.json': 'b1',
@@ -35,12 +38,14 @@ COLOURS = {'training': '#b9c4cf', 'held out': '#1f4e79', 'correct': '#1f4e79', '
            'zero': '#7a7a7a', 'empty': '#7a7a7a', 'noise': '#8a5a9e', 'random': '#8a5a9e'}
 CHART_STYLE = {'font.family': 'DejaVu Sans', 'font.size': 9, 'axes.titlesize': 10, 'axes.spines.top': False,
                'axes.spines.right': False, 'svg.hashsalt': 'nanograft',   # the salt: same log, same bytes
+               'text.parse_math': False,                               # a $ in a setting is a $
                'axes.prop_cycle': "cycler(color=['#1f4e79', '#c0621b', '#4f7d5b', '#8a5a9e', '#7a7a7a', '#a3262a'])"}
 
 # A file may hold anything: half a line, a list for an object, a picture cut short. These are what reading it raises;
-# SyntaxError is Pillow's word for a damaged PNG, UndefinedError the template's for a key that is not there.
+# SyntaxError is Pillow's word for a damaged PNG, UndefinedError the template's for a key that is not there, SystemExit
+# that of data.py for a list that cannot be read.
 DAMAGED = (OSError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, EOFError, SyntaxError,
-           RecursionError, Image.DecompressionBombError, soundfile.SoundFileError, jinja2.UndefinedError)
+           RecursionError, Image.DecompressionBombError, soundfile.SoundFileError, jinja2.UndefinedError, SystemExit)
 
 
 class Run:
@@ -172,6 +177,8 @@ def medium(path, label, caption='', is_sound=False, side=256):
     """A picture or a sound for the page, or why there is none. label: what it is, for who cannot look or listen."""
     content = {'label': label, 'caption': caption}
     try:
+        if not path.is_file():                         # a pipe would keep us waiting
+            raise FileNotFoundError
         content.update(sound(path) if is_sound else picture(Image.open(path, formats=IMAGE_FORMATS), side))
     except DAMAGED as e:
         content['gone'] = f'{path.name}: cannot be shown ({type(e).__name__})'
@@ -245,12 +252,13 @@ def originals(run, wanted):
     files = {}
     if settings.get('sound_dir'):                      # ids are file#caption_n there
         files = {id: Path(settings['sound_dir'], id.rsplit('#', 1)[0]) for id in wanted}
+    left_out = BadSamples('', math.inf, active=False)      # B2 has listed them: here they are passed over
     if settings.get('data_json'):
-        for record in json.loads(Path(settings['data_json']).read_text()):
-            files[str(record['id'])] = Path(settings['image_root'], record['image'])
-    for path in map(Path, settings.get('manifests', ())):
-        for record in filter(None, Run(path.parent).lines(path.name)):
-            files[str(record['id'])] = path.parent / (record.get('image') or record['audio'])
+        for item in read_llava(settings['data_json'], settings['image_root'], left_out, captions=True):
+            files[item.id] = Path(item.image)
+    for manifest in settings.get('manifests', ()):
+        for captioned in read_manifest(manifest, left_out):
+            files[captioned.id] = Path(captioned.path)
     found = [id for id in wanted if id in files and files[id].is_file()]
     return {id: files[id] for id in found if sha256_file(files[id]) == wanted[id]}
 
