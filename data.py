@@ -204,29 +204,37 @@ def length_buckets(counts, edges):
     return {name: mask for name, mask in masks.items() if mask.any()}
 
 
-def choose_split(examples, n_eval, n_golden, edges, path, bad_samples, read):
+def label_thirds(examples):
+    """The bucket edges that cut the examples into three parts of like size."""
+    counts = [len(example.label_positions) for example in examples] or [0]
+    return [int(edge) for edge in np.quantile(counts, [1 / 3, 2 / 3], method='lower')]
+
+
+def choose_split(examples, n_eval, n_golden, bucket_edges, path, bad_samples, read):
     """Write `path`, the choice of eval and golden ids and of every id held out of training, unless it is there and was
     asked for the same. Rank 0.
 
-    eval and golden are balanced over the three length buckets; a picture that is in one of them, by its bytes, is in no
-    other set. read(path) decodes an image: a held-out one has to be whole.
+    eval and golden are balanced over the three length buckets, as far as each has so many; a picture that is in one of
+    them, by its bytes, is in no other set. bucket_edges: () for label_thirds. read(path) decodes an image: a held-out
+    one has to be whole.
     """
-    settings = {'n_eval': n_eval, 'n_golden': n_golden, 'bucket_edges': list(edges)}
+    settings = {'n_eval': n_eval, 'n_golden': n_golden, 'bucket_edges': list(bucket_edges)}
     if Path(path).exists():
         for name, had in read_split(path)['settings'].items():
             if settings.get(name) != had:
                 raise SystemExit(f'{path} was chosen with {name} = {had}, this run has {settings.get(name)}: {ANEW}')
         return
     keys = media_keys(examples, bad_samples)
+    edges = list(bucket_edges) or label_thirds(examples)
     used_keys = set()
 
-    def eligible(example, bucket):
+    def eligible(example, buckets):
         whole = example.item.id in keys and not example.truncated and len(example.label_positions)
-        return whole and example.image_start >= 0 and bucket_of(len(example.label_positions), edges) == bucket
+        return whole and example.image_start >= 0 and bucket_of(len(example.label_positions), edges) in buckets
 
-    def choose(n, bucket):
-        """Up to n ids of a bucket in the order of a hash, each with a picture of its own that is whole."""
-        pool = [example for example in examples if eligible(example, bucket)]
+    def choose(n, buckets):
+        """Up to n ids of some buckets in the order of a hash, each with a picture of its own that is whole."""
+        pool = [example for example in examples if eligible(example, buckets)]
         # a hash decides, not the list's order: adding samples moves few of the others
         pool.sort(key=lambda e: hashlib.sha256(f'{keys[e.item.id]} {e.item.id}'.encode()).digest())
         ids = []
@@ -245,12 +253,13 @@ def choose_split(examples, n_eval, n_golden, edges, path, bad_samples, read):
             ids.append(id)
         return ids
 
-    chosen = {'settings': settings}
+    chosen = {'settings': settings, 'edges': edges}
     for name, n in ('golden', n_golden), ('eval', n_eval):
         third = n // 3
         ids = []
         for bucket, share in enumerate((third, third, n - 2 * third)):
-            ids += choose(share, bucket)
+            ids += choose(share, [bucket])
+        ids += choose(n - len(ids), [0, 1, 2])         # for what a bucket had too few of
         # in the order of another hash, so that any part of the set is a fair one
         chosen[name] = sorted(ids, key=lambda id: hashlib.sha256(f'order {id}'.encode()).digest())
     held_out = []                                      # also every other caption of a picture that is held out
@@ -285,7 +294,8 @@ def require_same_data(chosen, examples, path):
 
 
 def load_split(examples, path, n_eval):
-    """(train, eval, golden), lists of examples, as choose_split wrote it. Exits when it was chosen from other data."""
+    """(train, eval, golden, bucket edges), three lists of examples, as choose_split wrote it. Exits when it was chosen
+    from other data."""
     chosen = read_split(path)
     require_same_data(chosen, examples, path)
     by_id = {example.item.id: example for example in examples}
@@ -296,7 +306,7 @@ def load_split(examples, path, n_eval):
     if not train_set or len(eval_set) < 8:
         raise SystemExit(f'{len(examples)} samples leave {len(train_set)} to train on and {len(eval_set)} of {n_eval} '
                          'to evaluate on: add data or lower n_eval and n_golden')
-    return train_set, eval_set, golden_set
+    return train_set, eval_set, golden_set, chosen['edges']
 
 
 # -----------------------------------------------------------------------------

@@ -20,7 +20,13 @@ from typing import NamedTuple
 
 import numpy as np
 
+import grounding
 from common import write_atomic
+
+
+# What a stage is worth: of the loss under another input, the share that the right one removes; recall@1 of the right
+# input of an output, and of the right output of an input, among 32; the share of different texts, or codes, it makes
+WORTH = ('share removed', 'input found', 'output found', 'different')
 
 
 class Gate(NamedTuple):
@@ -50,36 +56,69 @@ def exactly(name, value, wanted):
 # what an input is worth
 
 
-def ablation(name, better, worse, counts, bar=0.0, min_win=0.0, n_bootstrap=2000):
-    """Is the loss `worse` above `better` by more than `bar` nats per label, with 95 % confidence over the items?
+def clears(name, measured, bar):
+    """Is a grounding.Estimate above a bar with 95 % confidence? Fewer than 8 items, or a NaN, fail."""
+    wanted = f'95 % interval above {bar:g}'
+    if measured.n < 8:
+        wanted = f'{measured.n} items, wanted 8; {wanted}'
+    passed = bool(measured.n >= 8 and measured.low > bar)
+    return Gate(name, measured.value, f'{wanted}; [{measured.low:.3f}, {measured.high:.3f}]', passed)
+
+
+def ablation(name, better, worse, counts, bar, min_win):
+    """Is the loss `worse` above `better` by more than `bar` nats per label, with 95 % confidence over the items, and in
+    at least the share min_win of them?
 
     better, worse: summed loss of each item under the two conditions; counts: labels of each item. The difference is
-    token weighted, sum / count, and bootstrapped over items. Returns (Gate, {'d', 'low', 'high', 'win'}); win: share of
-    items in which worse > better. Too few items (under 8) or a NaN fail.
+    token weighted, sum / count, and bootstrapped over items. Returns (Gate, {'d', 'low', 'high', 'win'}).
     """
     better = np.asarray(better, dtype=np.float64)
     worse = np.asarray(worse, dtype=np.float64)
     counts = np.asarray(counts, dtype=np.float64)
-    n = len(counts)
-    if n == 0 or counts.sum() == 0:                    # a set that came out empty must not pass
-        nothing = {'d': math.nan, 'low': math.nan, 'high': math.nan, 'win': math.nan}
-        return Gate(name, math.nan, 'items to measure on', False), nothing
     difference = worse - better                        # item by item: what makes an item hard cancels out
-    # the items drawn again with replacement, seeded: the same losses get the same verdict
-    picks = np.random.default_rng(0).integers(n, size=(n_bootstrap, n))
-    samples = difference[picks].sum(1) / np.maximum(counts[picks].sum(1), 1)                    # (n_bootstrap,)
-    low, high = np.quantile(samples, [0.025, 0.975])   # the 95 % interval
-    d = difference.sum() / counts.sum()
-    win = (worse > better).mean()
-    passed = bool(n >= 8 and low > bar and win >= min_win)   # with NaN every comparison is False
-    wanted = f'95 % interval above {bar:g}'
-    if n < 8:
-        wanted = f'{n} items, wanted 8; {wanted}'
-    if min_win:
-        wanted += f', win >= {min_win:g}'
-    measured = {'d': d, 'low': low, 'high': high, 'win': win}
-    measured = {key: round(float(value), 5) for key, value in measured.items()}
-    return Gate(name, measured['d'], f'{wanted}; [{low:.3f}, {high:.3f}], win {win:.3f}', passed), measured
+
+    def nats_per_label(picks):
+        return difference[picks].sum(-1) / np.maximum(counts[picks].sum(-1), 1)
+
+    measured = grounding.estimate(nats_per_label, len(counts) if counts.sum() else 0)
+    win = (worse > better).mean() if measured.n else math.nan
+    gate = clears(name, measured, bar)
+    gate = gate._replace(bar=f'{gate.bar}, win {win:.3f} >= {min_win:g}', passed=gate.passed and bool(win >= min_win))
+    return gate, {'d': measured.value, 'low': measured.low, 'high': measured.high, 'win': float(win)}
+
+
+def retrieval_gates(crossed, input_name, output_name, input_bar, output_bar):
+    """Do the likelihoods find the right input of an output, and the right output of an input, among those of a set?
+
+    crossed: (sets, n, n) of crossed_losses; names: 'picture of a caption'; bars: of recall@1, against chance, 1 / n.
+    """
+    n = crossed.shape[-1]
+    return [
+        clears(f'{input_name} found among {n}, recall@1', grounding.recall(grounding.input_ranks(crossed)), input_bar),
+        clears(f'{output_name} found among {n}, recall@1', grounding.recall(grounding.output_ranks(crossed)),
+               output_bar),
+    ]
+
+
+def text_gates(name, said, distinct, commonest, malformed, own_truth=None):
+    """Fail a model that says the same to everything, stammers, says nothing or does not end.
+
+    name: what is said, 'captions'; said: [grounding.Said]; distinct: least share of different texts, as a part of the
+    truths' own; commonest, malformed: how much larger than the truths' own the share of the commonest text, and those
+    of stammering, empty and cut ones, may be; own_truth: how much nearer a text has to be to its own truth than to
+    others, as F1 of words.
+    """
+    made, true = grounding.said_shares(said)
+    gates = [
+        at_least(f'{name}: different ones', made['distinct'], distinct * true['distinct']),
+        at_most(f'{name}: the commonest one', made['commonest'], true['commonest'] + commonest),
+        at_most(f'{name}: stammering', made['stammering'], true['stammering'] + malformed),
+        at_most(f'{name}: empty', made['empty'], true['empty'] + malformed),
+        at_most(f'{name}: cut', made['cut'], true['cut'] + malformed),
+    ]
+    if own_truth is not None:
+        gates.append(clears(f'{name}: nearer to their own truth, F1 of words', grounding.own_truth(said), own_truth))
+    return gates
 
 
 def no_regression(measured, baseline, same, slack):
@@ -99,6 +138,15 @@ def no_regression(measured, baseline, same, slack):
         else:
             gates.append(at_most(f'{name} against the baseline', value, baseline[name] * (1 + change)))
     return gates
+
+
+def text_gate(rise, bar, shared):
+    """Did the loss on held-out text rise? rise: as a share of the base model's; shared: share of that text's phrases
+    that the replayed text has too: a text that was trained on says little of others."""
+    gate = at_most('text-only loss, rise over the base model', rise, bar)
+    if shared > 0:
+        gate = gate._replace(bar=f'{gate.bar}; {shared:.0%} of its phrases of five words are in the replayed text')
+    return gate
 
 
 # -----------------------------------------------------------------------------
@@ -220,8 +268,29 @@ def table(gates):
     return '\n'.join(lines)
 
 
-def conclude(out_dir, gates, **measured):
-    """Write out_dir/gates.json, print the verdicts, and return the exit status: 0 when all passed, else 1."""
+def worth(share_removed, crossed, distinct):
+    """What a stage is worth: see WORTH. crossed: of crossed_losses; distinct: share of different ones it has made."""
+    found = grounding.retrieval(crossed)
+    values = (share_removed, found['input_recall_1'], found['output_recall_1'], distinct)
+    return dict(zip(WORTH, (round(float(value), 4) for value in values)))
+
+
+def worth_table(rows):
+    """rows: {name: of worth}."""
+    width = max((len(name) for name in rows), default=0)
+    lines = [f'{"":{width}}  ' + '  '.join(WORTH)]
+    for name, measured in rows.items():
+        cells = [f'{float(measured.get(column, math.nan)):{len(column)}.3f}' for column in WORTH]
+        lines.append(f'{name:{width}}  ' + '  '.join(cells))
+    return '\n'.join(lines)
+
+
+def conclude(out_dir, gates, worth=None, **measured):
+    """Write out_dir/gates.json, print the verdicts, and return the exit status: 0 when all passed, else 1.
+
+    worth: {task, or '' where there is one: what worth() gives}; printed first.
+    """
+    measured = {'worth': worth, **measured} if worth else measured
     passed = bool(gates) and all(gate.passed for gate in gates)        # no gate at all is no pass
     record = {'passed': passed, 'gates': [gate._asdict() for gate in gates], **measured}
     write_atomic(Path(out_dir) / 'gates.json', json.dumps(record, indent=1))
@@ -229,6 +298,8 @@ def conclude(out_dir, gates, **measured):
     if not passed:
         failed = [gate.name for gate in gates if not gate.passed] or ['no gate was measured']
         verdict = f'FAILED at: {"; ".join(failed)}'
+    if worth:
+        print(worth_table(worth))
     print(table(gates))
     print(f'{out_dir}: {verdict}')
     return 0 if passed else 1
@@ -273,11 +344,26 @@ def read_verdict(path):
         return [Gate(f'{path.name} is whole', math.nan, f'not damaged ({type(e).__name__}: {e})', False)], False
 
 
+def read_worth(path):
+    """{task: of worth()} of a gates.json; {} where there is none, or a damaged one."""
+    try:
+        rows = json.loads(path.read_text()).get('worth', {})
+        return {str(task): {column: float(row[column]) for column in WORTH} for task, row in rows.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}
+
+
 def report_card(folder):
     """Print the gates of every stage found in a folder; True when there are some and all passed."""
     paths = verdict_files(folder)
     if not paths:
         raise SystemExit(f'{folder}: no gates.json here or one level below; run a stage first')
+    rows = {}
+    for path in paths:
+        for task, measured in read_worth(path).items():
+            rows[f'{path.parent} {task}'.strip()] = measured
+    if rows:
+        print(f'{worth_table(rows)}\n')
     all_passed = True
     for path in paths:
         verdicts, passed = read_verdict(path)
@@ -286,21 +372,31 @@ def report_card(folder):
     return all_passed
 
 
-def curves(log, png, conditions=('noise', 'zero', 'shuffled', 'correct')):
-    """Draw a training log: the loss, and that on held-out items under each condition."""
+def curves(log, png, conditions=('noise', 'zero', 'shuffled', 'correct'), tasks=('',)):
+    """Draw a training log: the loss, that on held-out items under each condition, and for each task how often the right
+    input and output are found by their likelihood."""
     from matplotlib.figure import Figure               # no pyplot: it would choose a backend, a notebook's for example
     records = [json.loads(line) for line in Path(log).read_text().splitlines()]
     steps = [record for record in records if record['kind'] == 'step']
     evals = [record for record in records if record['kind'] == 'eval']
-    figure = Figure(figsize=(11, 4), layout='constrained')
-    left, right = figure.subplots(1, 2)
+    figure = Figure(figsize=(15, 4), layout='constrained')
+    left, middle, right = figure.subplots(1, 3)
     left.plot([record['step'] for record in steps], [record['window_loss'] for record in steps])
     left.set(title='training loss', xlabel='step', ylabel='nats per label')
+
+    def plot(axes, key, label):
+        axes.plot([record['step'] for record in evals], [record[key] for record in evals], 'o-', label=label)
+
     for condition in conditions:
-        losses = [record[condition] for record in evals]
-        right.plot([record['step'] for record in evals], losses, 'o-', label=condition)
-    right.set(title='held-out loss', xlabel='step')
-    right.legend()
+        plot(middle, condition, condition)
+    middle.set(title='held-out loss', xlabel='step')
+    for task in tasks:
+        prefix = f'{task}_' if task else ''
+        for what in 'input', 'output':
+            plot(right, f'{prefix}{what}_recall_1', f'{task} {what}'.strip())
+    right.set(title='found among 32, recall@1', xlabel='step', ylim=(-0.03, 1.03))
+    for axes in middle, right:
+        axes.legend()
     content = io.BytesIO()
     figure.savefig(content, dpi=110)                   # a PNG
     write_atomic(png, content.getvalue())

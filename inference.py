@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from transformers.cache_utils import DynamicCache
 
 from common import all_gather, all_sum, gather_in_order, in_parts, sha256_file, write_atomic
-from data import ChatTemplate, answer_starts, length_buckets
+from data import ChatTemplate, answer_starts, collate, length_buckets
+from grounding import Said, retrieval, share_removed
 from lists import Item
 from media import read_image
 from model import image_settings, load_tokenizer
@@ -87,14 +88,48 @@ def image_ablation(vlm, loader, examples, batch_size, seed, rank=0, world_size=1
     return dict(zip(CONDITIONS, table.T))
 
 
-def ablation_means(losses, counts, bucket_edges):
-    """What the log keeps of an ablation. losses: of image_ablation; counts: (examples,), labels of each.
+@torch.no_grad()
+def crossed_losses(vlm, loader, examples, sets, batch_size, rank=0, world_size=1):
+    """The loss of every example of a set under every image of the set: (sets, n, n) float64, in nats, on every rank.
 
-    The mean loss per label in nats under each condition and, with the right image, in each length bucket;
+    [s, i, j] is that of example j under the image of example i. sets: of matching_sets, all of n indices.
+    """
+    vlm.eval()
+    device = vlm.llm.device
+    tables = []
+    for members in sets:
+        chosen = [examples[i] for i in members]
+        n = len(chosen)
+        images = [loader.images(part).to(device) for part in in_parts(chosen, batch_size)]
+        tokens = torch.cat([vlm.image_tokens(part) for part in images])                         # (n, N, D)
+        losses = []
+        for part in in_parts(range(rank, n * n, world_size), batch_size):
+            texts = [chosen[k // n] for k in part]     # text by text: those of a batch are equally long
+            batch = collate(texts, None, tokens.shape[1]).to(device)
+            by_label = vlm.nll(batch, tokens[[k % n for k in part]]).double()                   # (M,)
+            losses.extend(sum_by_example(by_label[:, None], batch)[:, 0].tolist())
+        tables.append(np.array(gather_in_order(losses)).reshape(n, n).T)
+    vlm.train()
+    return np.stack(tables)
+
+
+def caption_keys(examples):
+    """(input, output) of each example, for matching_sets."""
+    return [(example.item.image, example.ids[example.label_positions].tobytes()) for example in examples]
+
+
+def ablation_means(losses, counts, bucket_edges, crossed):
+    """What the log keeps of an evaluation. losses: of image_ablation; counts: (examples,), labels of each; crossed: of
+    crossed_losses.
+
+    share_removed: of the loss under another image, the share that the right one removes; what grounding.retrieval
+    measures. The mean loss per label in nats under each condition and, with the right image, in each length bucket;
     win_<condition>: the share of examples on which the right image has a lower loss than that one.
     """
     correct = losses['correct']
-    means = {condition: float(loss.sum() / counts.sum()) for condition, loss in losses.items()}
+    means = {'share_removed': share_removed(correct, losses['shuffled']).value, **retrieval(crossed)}
+    for condition, loss in losses.items():
+        means[condition] = float(loss.sum() / counts.sum())
     for bucket, members in length_buckets(counts, bucket_edges).items():
         means[bucket] = float(correct[members].sum() / counts[members].sum())
     for condition in CONDITIONS[1:]:
@@ -211,8 +246,9 @@ def complete_examples(vlm, loader, prompts, batch_size, max_new_tokens, stop_ids
 
 def write_predictions(path, vlm, loader, template, examples, batch_size, max_new_tokens, rank=0, world_size=1):
     """Complete every answer of some examples, greedily, after the true answers before it; a caption is one answer to no
-    question. Rank 0 writes one JSON line for each to `path`. Returns one line of text for each example, on every rank:
-    what was predicted first, behind its question where there is one.
+    question. Rank 0 writes one JSON line for each to `path`.
+
+    Returns on every rank ([Said], a line of text for each example: what was said first, behind its question).
     """
     prompts = []
     turns = []
@@ -224,13 +260,16 @@ def write_predictions(path, vlm, loader, template, examples, batch_size, max_new
                                 stop_ids=[template.end], rank=rank, world_size=world_size)
     predictions = template.tokenizer.batch_decode(outputs, skip_special_tokens=True)
     lines = []
+    said = []
     first_replies = []
-    for (example, _), turn, prediction in zip(prompts, turns, predictions):
+    for (example, _), turn, output, prediction in zip(prompts, turns, outputs, predictions):
         item = example.item
         prediction = prediction.strip()
         question, truth = item.turns[turn]
         is_chat = question or len(item.turns) > 1      # a caption is one answer that nobody asked for
         asked = {'turn': turn, 'question': question} if is_chat else {}
+        said.append(Said(truth, prediction, is_cut=len(output) >= max_new_tokens,
+                         truth_is_cut=len(template.encode(truth)) >= max_new_tokens, question=question))
         if turn == 0:
             first_replies.append(f'{question} - {prediction}' if question else prediction)
         if rank == 0:                                  # only who writes needs the hash of the file
@@ -238,7 +277,7 @@ def write_predictions(path, vlm, loader, template, examples, batch_size, max_new
                                      **asked, 'truth': truth, 'prediction': prediction}) + '\n')
     if rank == 0:
         write_atomic(path, ''.join(lines))
-    return first_replies
+    return said, first_replies
 
 
 # -----------------------------------------------------------------------------

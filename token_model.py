@@ -29,6 +29,7 @@ from transformers import AddedToken, AutoModelForCausalLM, GenerationConfig
 
 from common import first_line, gather_in_order, in_parts, one_line_io_errors, write_atomic
 from data import collate
+from grounding import Said
 from inference import Continuation, generate, pick, seeded_generators, sum_by_example
 from media import contact_sheet, write_picture, write_sound
 from model import NO_MASKS, hidden_states, label_losses, load_llm, precision_of, save_pretrained
@@ -164,6 +165,32 @@ def example_sums(model, examples, batch_size, rank=0, world_size=1):
     return losses, n_right
 
 
+def crossed_losses(model, task, examples, sets, batch_size, rank=0, world_size=1):
+    """The loss of every example of a set behind every input of the set: (sets, n, n) float64, in nats, on every rank.
+
+    [s, i, j] is that of what example j reads or writes, given the media or the prompt of example i. sets: of
+    matching_sets, all of n indices.
+    """
+    tables = []
+    for members in sets:
+        pairs = []
+        for j in members:
+            for i in members:
+                if TASKS[task][1] == 'read':
+                    pairs.append(with_media(examples[j], examples[i].item.payload))
+                else:
+                    pairs.append(with_prompt(examples[j], prompt_of(examples[i])))
+        losses, _ = example_sums(model, pairs, batch_size, rank=rank, world_size=world_size)
+        tables.append(losses.reshape(len(members), len(members)).T)
+    return np.stack(tables)
+
+
+def matching_keys(task, examples):
+    """(input, output) of each example, for matching_sets."""
+    keys = [(example.item.media_sha256, example.item.text.tobytes()) for example in examples]
+    return keys if TASKS[task][1] == 'read' else [(text, media) for media, text in keys]
+
+
 def derangement(keys, seed):
     """For each item the index of another one whose key differs; every item is taken once. keys: bytes.
 
@@ -291,9 +318,9 @@ def read_text(model, grammar, task, payloads, max_new_tokens, temperature=0.0, t
                         top_p=top_p, seeds=seeds)
 
 
-def complete_task(model, grammar, tokenizer, task, examples, batch_size, max_new_tokens, temperature, guidance, rank=0,
+def complete_task(model, grammar, task, examples, batch_size, max_new_tokens, temperature, guidance, rank=0,
                   world_size=1):
-    """What the model makes of each example's prompt: a text, or a list of codes; in their order, on every rank.
+    """What the model makes of each example's prompt, a list of text ids or of codes; in their order, on every rank.
 
     Texts are greedy, of at most max_new_tokens; codes have temperature and guidance, and example i has seed i, so that
     batch size and number of ranks do not change them.
@@ -304,15 +331,27 @@ def complete_task(model, grammar, tokenizer, task, examples, batch_size, max_new
         records = [examples[i].item for i in part]
         if TASKS[task][1] == 'read':
             payloads = [record.payload for record in records]
-            ids = read_text(model, grammar, task, payloads, max_new_tokens=max_new_tokens)
-            texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
-            outputs.extend(text.strip() for text in texts)
+            outputs.extend(read_text(model, grammar, task, payloads, max_new_tokens=max_new_tokens))
         else:
             prompts = [record.text.tolist() for record in records]
             codes = write_codes(model, grammar, task, prompts, temperature=temperature, guidance=guidance, seeds=part)
             outputs.extend(codes.tolist())
     model.train()
     return gather_in_order(outputs)
+
+
+def text_of(ids, tokenizer):
+    return tokenizer.decode(ids, skip_special_tokens=True).strip()
+
+
+def said_of(examples, outputs, tokenizer, max_new_tokens):
+    """[Said] of the outputs of complete_task for a task that reads."""
+    said = []
+    for example, ids in zip(examples, outputs):
+        truth = example.item.text
+        said.append(Said(text_of(truth, tokenizer), text_of(ids, tokenizer), is_cut=len(ids) >= max_new_tokens,
+                         truth_is_cut=len(truth) >= max_new_tokens))
+    return said
 
 
 def write_completions(path, task, examples, outputs, tokenizer, uti=None, batch_size=16):
@@ -326,7 +365,10 @@ def write_completions(path, task, examples, outputs, tokenizer, uti=None, batch_
     lines = []
     for example, truth, output in zip(examples, truths, outputs):
         record = {'id': example.item.id, 'media_sha256': example.item.media_sha256, 'truth': truth}
-        record['prediction' if direction == 'read' else 'codes'] = output   # a text, or ids
+        if direction == 'read':
+            record['prediction'] = text_of(output, tokenizer)
+        else:
+            record['codes'] = output
         lines.append(json.dumps(record) + '\n')
     write_atomic(f'{path}.jsonl', ''.join(lines))
     if direction == 'read' or uti is None:

@@ -27,8 +27,9 @@ from common import (
     save_checkpoint, seed_everything, shutdown_ranks)
 from configure import configure
 from data import ChatTemplate, Loader, ShuffledSampler, choose_split, image_reader, load_split
-from lists import read_llava, read_text_lines
-from inference import ablation_means, image_ablation, write_predictions
+from lists import read_llava, read_text_lines, read_texts
+from grounding import distinct, matching_sets, share_removed, shared_phrases
+from inference import ablation_means, caption_keys, crossed_losses, image_ablation, write_predictions
 from media import BadSamples, contact_sheet, read_image
 from model import cache_features, image_settings, load_tokenizer, load_vlm, lora
 from training import (
@@ -73,13 +74,23 @@ eval_every = 200               # steps; every evaluation saves a checkpoint
 n_eval = 512                   # held-out items, balanced over short, medium and long ones by their labels
 n_golden = 64                  # more held-out items, described or answered at every checkpoint
 n_predictions = 256            # eval items described or answered at the end
+n_retrieval = 128              # eval items told apart by their loss at the end, 32 at a time; 32 at every checkpoint
 n_text = 512                   # texts for the text-only regression
-bucket_edges = (64, 128)       # the most label tokens of a short and of a medium item
+bucket_edges = ()              # the most label tokens of a short and of a medium item; () for thirds of the data
 max_new_tokens = 128
 # gates
 gate_truncated = 0.01          # share of samples that may be cut
 gate_text = 0.02               # the text-only loss may rise by this share over the base model's
-gate_ablation_nats = 0.0       # the 95 % interval of every ablation's difference must clear this
+# each has to hold with 95 % confidence, where it is measured over items
+gate_share_removed = 0.20      # of the loss under another image, the share that the right one removes
+gate_input_recall = 0.4        # how often the image of answers is found among 32, by the loss; a guess has 0.03
+gate_output_recall = 0.25      # how often the answers to an image are
+gate_ablation_nats = 0.05      # another image, zeros and noise each cost this much per label
+gate_win = 0.8                 # ... and cost more than the right image in this share of the items
+gate_distinct = 0.5            # different ones among the answers, as a part of the truths' own share
+gate_commonest = 0.1           # the commonest one's share may exceed that of the truths by this ...
+gate_malformed = 0.1           # ... and the shares of stammering, empty and cut ones by this
+gate_own_truth = 0.05          # how much nearer answers are to their own truth than to others, as F1 of words
 # machine
 device = 'auto'
 dtype = 'auto'                 # of frozen weights: bfloat16 where the device multiplies it; what learns is float32
@@ -93,7 +104,7 @@ config = configure(globals(), required=('data_json', 'image_root', 'align_dir', 
 # settings that cannot be meant end the run before anything is built
 require_positive(config, 'max_seq_len', 'micro_batch_size', 'global_batch_size', 'learning_rate', 'grad_clip', 'epochs',
                  'epoch_minutes', 'eval_every', 'n_eval', 'n_golden', 'max_new_tokens', 'log_every', 'workers',
-                 'n_text', 'lora_r', 'lora_alpha', 'lora_learning_rate')
+                 'n_text', 'n_retrieval', 'lora_r', 'lora_alpha', 'lora_learning_rate')
 require_share(config, 'warmup_frac', 'min_lr_frac', 'gate_truncated', 'lora_dropout', 'replay_share')
 if replay_share == 1:
     raise SystemExit('replay_share = 1: wanted less, there have to be chats beside the replayed text')
@@ -118,9 +129,11 @@ examples = [template.chat(item) for item in items]
 preprocessing = image_settings(model_args['vision'])
 read = partial(read_image, size=preprocessing['size'], resample=preprocessing['resample'])
 if rank == 0:
-    choose_split(examples, n_eval, n_golden, bucket_edges, path=out / 'split.json', bad_samples=bad_samples, read=read)
+    choose_split(examples, n_eval, n_golden, bucket_edges, path=out / 'split.json', bad_samples=bad_samples,
+                 read=read)
 barrier()
-train_set, eval_set, golden_set = load_split(examples, out / 'split.json', n_eval)
+train_set, eval_set, golden_set, edges = load_split(examples, out / 'split.json', n_eval)
+matching = matching_sets(caption_keys(eval_set), n_retrieval, seed)
 text_set = [template.text(text, where) for where, text in read_text_lines(text_jsonl)[:n_text]]
 if replay_jsonl:
     replay = read_text_lines(replay_jsonl)
@@ -148,7 +161,8 @@ if feature_cache:
 loader = Loader(image_reader(read, cache), num_image_tokens, bad_samples, workers)
 sampler = ShuffledSampler(train_set, global_batch_size, seed)
 if rank == 0:
-    print(f'{len(train_set)} examples to train on, {len(eval_set)} to evaluate, {len(golden_set)} golden; '
+    print(f'{len(train_set)} examples to train on, {len(eval_set)} of {n_eval} to evaluate, {len(golden_set)} of '
+          f'{n_golden} golden; '
           f'{sum(p.numel() for p in trainable.values()):,} parameters learn')
 
 # optimizer: matrices decay, vectors do not; peak: a group's highest learning rate
@@ -200,11 +214,14 @@ def lr_at(step):
     return min_lr_frac + (1 - min_lr_frac) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def evaluate():
-    """(summed losses of each held-out example under each condition, its labels, means for the log), on every rank."""
+def evaluate(n_sets):
+    """(summed losses of each held-out example under each condition, its labels, crossed losses of n_sets of them, means
+    for the log), on every rank."""
     losses = image_ablation(model, loader, eval_set, micro_batch_size, seed=seed, rank=rank, world_size=world_size)
     counts = np.array([len(example.label_positions) for example in eval_set])
-    return losses, counts, ablation_means(losses, counts, bucket_edges)
+    crossed = crossed_losses(model, loader, eval_set, matching[:n_sets], micro_batch_size, rank=rank,
+                             world_size=world_size)
+    return losses, counts, crossed, ablation_means(losses, counts, edges, crossed)
 
 
 def text_loss():
@@ -242,16 +259,18 @@ while True:
         meter.pause()
         in_log = evaluated and step == first_step
         if not stopped and not (in_log and step < n_steps):   # a finished run is judged again, and logged once
-            losses, counts, means = evaluate()
+            losses, counts, crossed, means = evaluate(len(matching) if step == n_steps else 1)
             means['text'] = text_loss()
             stop_if_eval_not_finite(step, means)
+            said, captions = predict(golden_set, out / 'golden' / f'step_{step:06d}.jsonl')
+            means['distinct'] = distinct([s.text for s in said])
             if not in_log:
                 log.write('eval', step=step, **means)
-            captions = predict(golden_set, out / 'golden' / f'step_{step:06d}.jsonl')
             if rank == 0:
                 sheet = out / 'golden' / f'step_{step:06d}.png'
                 contact_sheet(sheet, [example.item.image for example in golden_set], captions)
-            progress.write(f'step {step}: held-out loss {means["correct"]:.4f} with the right image, '
+            progress.write(f'step {step}: the right image removes {means["share_removed"]:.0%} of the loss, is found '
+                           f'among 32 in {means["input_recall_1"]:.0%}; held-out loss {means["correct"]:.4f}, '
                            f'{means["shuffled"]:.4f} another one, {means["zero"]:.4f} zeros, '
                            f'{means["noise"]:.4f} noise; text {means["text"]:.4f}')
         if rank == 0 and step > first_step:
@@ -299,7 +318,7 @@ while True:
 progress.close()
 
 # gates
-predict(eval_set[:n_predictions], out / 'predictions.jsonl')
+said += predict(eval_set[:n_predictions], out / 'predictions.jsonl')[0]
 text = text_loss()
 with adapter.disable_adapter():
     base_text = text_loss()
@@ -307,12 +326,22 @@ status = 0
 if rank == 0:
     names = [name for name, _ in model.named_parameters()]
     declared = {name for name in names if name.startswith('connector.') or '.lora_' in name}
-    verdicts = []
+    worth = gates.worth(means['share_removed'], crossed, distinct([s.text for s in said]))
+    removed = share_removed(losses['correct'], losses['shuffled'])
+    verdicts = [gates.clears("share of another image's loss that the right one removes", removed, gate_share_removed)]
+    verdicts += gates.retrieval_gates(crossed, 'image of its answers', 'answers of its image',
+                                      input_bar=gate_input_recall, output_bar=gate_output_recall)
+    verdicts += gates.text_gates('answers', said, distinct=gate_distinct, commonest=gate_commonest,
+                                 malformed=gate_malformed, own_truth=gate_own_truth)
     for condition in 'shuffled', 'zero', 'noise':
         name = f'{condition} image costs more than the right one'
-        gate, _ = gates.ablation(name, losses['correct'], losses[condition], counts=counts, bar=gate_ablation_nats)
+        gate, _ = gates.ablation(name, losses['correct'], losses[condition], counts=counts, bar=gate_ablation_nats,
+                                 min_win=gate_win)
         verdicts.append(gate)
-    verdicts.append(gates.at_most('text-only loss, rise over the base model', text / base_text - 1, gate_text))
+    shared = 0.0
+    if replay_jsonl:
+        shared = shared_phrases(read_texts(text_jsonl)[:n_text], read_texts(replay_jsonl)[:20_000])
+    verdicts.append(gates.text_gate(text / base_text - 1, gate_text, shared))
     verdicts += gates.label_gates(examples, gate_truncated)
     verdicts.append(gates.lora_gate(names))
     verdicts += gates.training_gates(declared, trainable, with_gradient, before=frozen_before,
@@ -320,7 +349,8 @@ if rank == 0:
     adapter.save_pretrained(out / 'adapter')
     connector = {name: p.contiguous() for name, p in model.connector.state_dict().items()}
     save_file(connector, out / 'connector.safetensors')
-    status = gates.conclude(out, verdicts, losses=means, text_loss={'base': base_text, 'tuned': text})
+    status = gates.conclude(out, verdicts, worth={'': worth}, losses=means,
+                            text_loss={'base': base_text, 'tuned': text})
     write_status(out, 'finished', step, n_steps)
     gates.curves(out / 'log.jsonl', out / 'curves.png')
 status = int(all_sum(status))

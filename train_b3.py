@@ -22,12 +22,13 @@ from common import (
     seed_everything, shutdown_ranks)
 from configure import configure
 from data import Loader
+from grounding import crossed_share, distinct, matching_sets, retrieval
 from model import load_tokenizer
 from shards import (
     MixtureSampler, load_space, require_enough, task_shares, text_examples, token_sets)
 from token_model import (
-    complete_task, example_sums, export_difference, export_stock, load_token_model, random_media, save_new_rows,
-    shuffled_media, text_difference, training_bytes, write_completions)
+    complete_task, crossed_losses, example_sums, export_difference, export_stock, load_token_model, matching_keys,
+    random_media, said_of, save_new_rows, shuffled_media, text_difference, training_bytes, write_completions)
 from training import (
     Log, Meter, StopSignal, check_resumable, clip_gradients, frozen_sha256, grad_norms, measure_epoch,
     names_with_gradient, open_run, parameter_groups, require_positive, require_share, stop_if_eval_not_finite,
@@ -68,6 +69,7 @@ seed = 1
 eval_every = 200               # steps; every evaluation saves a checkpoint
 n_eval = 512                   # held-out items of each task
 n_golden = 64                  # more of them, described, drawn and generated as audio at every checkpoint
+n_retrieval = 128              # eval items told apart by their loss at the end, 32 at a time; 32 at every checkpoint
 n_text = 64                    # texts that the base model and this one are compared on
 max_new_tokens = 64            # of a description
 temperature = 1.0              # of generated images and audio
@@ -79,6 +81,12 @@ gate_shuffled_nats = 0.10      # another item's media must cost this much per la
 gate_shuffled_win = 0.80       # ... and cost more than the right one in this share of the items
 gate_random_nats = 0.15        # the same for random codes
 gate_random_win = 0.85
+# how often the right input of an output, and the right output of an input, is found among 32 by its loss
+gate_input_recall = 0.1        # recall@1, its 95 % interval above the bar; a guess has 0.03
+gate_output_recall = 0.1
+gate_distinct = 0.5            # different ones among the descriptions, as a part of the truths' own share
+gate_commonest = 0.1           # the commonest one's share may exceed that of the truths by this ...
+gate_malformed = 0.95          # ... and those of stammering, empty and cut ones: rows alone do not learn to end a text
 # machine
 device = 'auto'
 dtype = 'auto'                 # of frozen weights: bfloat16 where the device multiplies it; what learns is float32
@@ -89,7 +97,8 @@ config = configure(globals(), required=('shards_dir', 'llm', 'text_jsonl'))
 
 # settings that cannot be meant end the run before anything is built
 require_positive(config, 'max_seq_len', 'micro_batch_size', 'global_batch_size', 'learning_rate', 'grad_clip', 'epochs',
-                 'epoch_minutes', 'eval_every', 'n_eval', 'n_golden', 'max_new_tokens', 'log_every', 'n_text')
+                 'epoch_minutes', 'eval_every', 'n_eval', 'n_golden', 'max_new_tokens', 'log_every', 'n_text',
+                 'n_retrieval')
 require_share(config, 'warmup_frac', 'min_lr_frac', 'gate_truncated')
 
 # ranks and the run's folder
@@ -109,6 +118,9 @@ train_sets = token_sets(shards_dir, 'train', tasks, grammar=grammar, max_seq_len
 eval_sets = token_sets(shards_dir, 'eval', tasks, grammar=grammar, max_seq_len=max_seq_len, n=n_eval)
 golden_sets = token_sets(shards_dir, 'golden', tasks, grammar=grammar, max_seq_len=max_seq_len, n=n_golden)
 require_enough(train_sets, eval_sets, shards_dir)
+matching = {}                  # {task: sets of eval items to tell apart}
+for task, examples in eval_sets.items():
+    matching[task] = matching_sets(matching_keys(task, examples), n_retrieval, seed)
 text_set = text_examples(text_jsonl, tokenizer, max_seq_len, n_text)
 
 
@@ -137,7 +149,8 @@ if rank == 0 and (image_codec or audio_codec):
                           image_prefix=image_prefix, audio_prefix=audio_prefix, device=device)
 if rank == 0:
     n_train = sum(len(examples) for examples in train_sets.values())
-    print(f'{n_train} examples of {len(tasks)} tasks to train on; '
+    held_out = ', '.join(f'{len(examples)} {task}' for task, examples in eval_sets.items())
+    print(f'{n_train} examples of {len(tasks)} tasks to train on; {held_out} of {n_eval} to evaluate; '
           f'{sum(p.numel() for p in trainable.values()):,} parameters learn')
 
 # optimizer: its state is for the new rows alone
@@ -202,11 +215,13 @@ def ablations(task, examples):
     }
 
 
-def evaluate():
-    """Of each task: {condition: summed loss of each held-out example}, their labels; for the log: means in nats per
-    label, and rates: of items in which the right one wins, of labels that get more than half of the probability."""
+def evaluate(at_end):
+    """Of each task: {condition: summed loss of each held-out example}, their labels, crossed losses of one set of them,
+    or of all at the end; for the log: means in nats per label, and rates: of items in which the right one wins or is
+    found, of labels that get more than half of the probability."""
     losses = {}
     counts = {}
+    crossed = {}
     means = {}
     rates = {}
     for task, examples in eval_sets.items():
@@ -220,13 +235,19 @@ def evaluate():
             losses[task][condition] = sums
             means[f'{task}_{condition}'] = float(sums.sum() / counts[task].sum())
             rates[f'{task}_win_{condition}'] = float((sums > correct).mean())
-    return losses, counts, means, rates
+        sets = matching[task] if at_end else matching[task][:1]
+        crossed[task] = crossed_losses(model, task, examples, sets, micro_batch_size, rank=rank,
+                                       world_size=world_size)
+        for name, rate in retrieval(crossed[task]).items():
+            rates[f'{task}_{name}'] = rate
+        rates[f'{task}_share_removed'] = crossed_share(crossed[task]).value
+    return losses, counts, crossed, means, rates
 
 
 def generate(task, examples, path, guidance):
     """Describe, draw or generate audio: path.jsonl, a line an example, and what it decodes to in path/. Returns, on
     rank 0, what was generated and what it decodes to."""
-    outputs = complete_task(model, grammar, tokenizer, task=task, examples=examples, batch_size=micro_batch_size,
+    outputs = complete_task(model, grammar, task=task, examples=examples, batch_size=micro_batch_size,
                             max_new_tokens=max_new_tokens, temperature=temperature, guidance=guidance, rank=rank,
                             world_size=world_size)
     if rank != 0:
@@ -252,12 +273,13 @@ while True:
         meter.pause()
         in_log = evaluated and step == first_step
         if not stopped and not (in_log and step < n_steps):   # a finished run is judged again, and logged once
-            losses, counts, means, rates = evaluate()
+            losses, counts, crossed, means, rates = evaluate(at_end=step == n_steps)
             stop_if_eval_not_finite(step, means)
             if not in_log:
                 log.write('eval', step=step, **means, **rates)
+            golden = {}
             for task, examples in golden_sets.items():
-                generate(task, examples, out / 'golden' / f'step_{step:06d}' / task, guidance)
+                golden[task] = generate(task, examples, out / 'golden' / f'step_{step:06d}' / task, guidance)
             parts = [f'{name.removesuffix("_correct")} {mean:.4f}' for name, mean in means.items()]
             progress.write(f'step {step}: held-out loss {", ".join(parts)}')
         if rank == 0 and step > first_step:
@@ -320,9 +342,17 @@ if rank == 0:
         'random': ('random codes cost more than the right ones', gate_random_nats, gate_random_win),
     }
     measured = {}
+    worth = {}
     for task in tasks:
-        if TASKS[task][1] == 'write':
+        outputs, _ = golden[task]
+        worth[task] = gates.worth(rates[f'{task}_share_removed'], crossed[task], distinct(outputs))
+        if TASKS[task][1] == 'write':                  # what drawing learned from rows alone is B4's start, not its end
             continue
+        verdicts += gates.retrieval_gates(crossed[task], f'{task}: media of a text', f'{task}: text of its media',
+                                          input_bar=gate_input_recall, output_bar=gate_output_recall)
+        said = said_of(golden_sets[task], outputs, tokenizer, max_new_tokens)
+        verdicts += gates.text_gates(f'{task}: descriptions', said, distinct=gate_distinct, commonest=gate_commonest,
+                                     malformed=gate_malformed)
         for condition, (name, nats, win) in bars.items():
             gate, measured[f'{task}_{condition}'] = gates.ablation(
                 f'{task}: {name}', losses[task]['correct'], losses[task][condition], counts=counts[task], bar=nats,
@@ -338,9 +368,10 @@ if rank == 0:
     verdicts.append(gates.exactly('optimizer state beyond the new rows', len(beyond), 0))
     verdicts += gates.training_gates({'new_in', 'new_out'}, trainable, with_gradient, before=frozen_before,
                                      after=frozen_sha256(model, trainable))
-    status = gates.conclude(out, verdicts, losses=means, ablations=measured, bytes=training_bytes(model, optimizer))
+    status = gates.conclude(out, verdicts, worth=worth, losses=means, ablations=measured,
+                            bytes=training_bytes(model, optimizer))
     write_status(out, 'finished', step, n_steps)
-    gates.curves(out / 'log.jsonl', out / 'curves.png', [f'{task}_correct' for task in tasks])
+    gates.curves(out / 'log.jsonl', out / 'curves.png', [f'{task}_correct' for task in tasks], tasks)
 status = int(all_sum(status))
 shutdown_ranks()
 sys.exit(status)

@@ -26,12 +26,14 @@ from common import (
     seed_everything, shutdown_ranks)
 from configure import configure
 from data import Loader
+from grounding import crossed_share, distinct, matching_sets, retrieval, shared_phrases
+from lists import read_texts
 from model import load_tokenizer, lora
 from shards import (
     MixtureSampler, load_space, require_enough, task_shares, text_examples, token_sets, with_prompt)
 from token_model import (
-    complete_task, example_sums, export_stock, load_new_rows, load_token_model, random_media, save_new_rows,
-    shuffled_media, shuffled_prompts, write_completions)
+    complete_task, crossed_losses, example_sums, export_stock, load_new_rows, load_token_model, matching_keys,
+    random_media, said_of, save_new_rows, shuffled_media, shuffled_prompts, write_completions)
 from training import (
     Log, Meter, StopSignal, check_resumable, clip_gradients, frozen_sha256, grad_norms, measure_epoch,
     names_with_gradient, open_run, parameter_groups, require_positive, require_share, stop_if_eval_not_finite,
@@ -83,6 +85,7 @@ eval_every = 200               # steps; every evaluation saves a checkpoint
 n_eval = 512                   # held-out items of each task
 n_golden = 64                  # more of them, described, drawn and generated as audio at every checkpoint
 n_predictions = 256            # eval items of each task described, drawn and generated as audio at the end
+n_retrieval = 128              # eval items told apart by their loss at the end, 32 at a time; 32 at every checkpoint
 n_text = 512                   # texts for the text-only regression
 max_new_tokens = 64            # of a description
 temperature = 1.0              # of generated images and audio
@@ -94,13 +97,19 @@ gate_shuffled_nats = 0.10      # another item's media must cost this much per la
 gate_shuffled_win = 0.80       # ... and cost more than the right one in this share of the items
 gate_random_nats = 0.15        # the same for random codes
 gate_random_win = 0.85
-gate_prompt_nats = 0.0         # the same for another item's prompt, in the tasks that write
-gate_prompt_win = 0.70
+# how often the right input of an output, and the right output of an input, is found among 32 by its loss
+gate_input_recall = 0.4        # recall@1, its 95 % interval above the bar; a guess has 0.03
+gate_output_recall = 0.25
+gate_prompt_nats = 0.05        # the same for another item's prompt, in the tasks that write
+gate_prompt_win = 0.80
 gate_empty_nats = 0.10         # the same for no prompt
 gate_empty_win = 0.80
 gate_items = 256               # held-out items that each of these is measured on, at least
 gate_read_points = 2.0         # read tasks: percentage points of labels with p > 0.5 that may be lost since B3
-gate_distinct = 0.5            # share of different outputs among the predictions
+gate_distinct = 0.5            # share of different outputs among the predictions; of texts, as a part of the truths'
+gate_commonest = 0.1           # the commonest text's share may exceed that of the truths by this ...
+gate_malformed = 0.1           # ... and the shares of stammering, empty and cut ones by this
+gate_own_truth = 0.05          # how much nearer descriptions are to their own truth than to others, as F1 of words
 gate_pixel_std = 10.0          # of a picture's pixels, of 255
 gate_rms = 0.01                # of a sound's samples, of 1
 gate_spectral_std = 6.0        # of a sound's spectrum, in dB; noise has about 5
@@ -115,7 +124,7 @@ config = configure(globals(), required=('shards_dir', 'new_rows_dir', 'text_json
 # settings that cannot be meant end the run before anything is built
 require_positive(config, 'max_seq_len', 'micro_batch_size', 'global_batch_size', 'learning_rate', 'grad_clip', 'epochs',
                  'epoch_minutes', 'eval_every', 'n_eval', 'n_golden', 'max_new_tokens', 'log_every', 'n_text',
-                 'n_predictions', 'lora_r', 'lora_alpha', 'lora_learning_rate')
+                 'n_retrieval', 'n_predictions', 'lora_r', 'lora_alpha', 'lora_learning_rate')
 require_share(config, 'warmup_frac', 'min_lr_frac', 'gate_truncated', 'lora_dropout', 'replay_share', 'prompt_dropout',
               'ramp_frac')
 
@@ -145,6 +154,9 @@ train_sets = token_sets(shards_dir, 'train', tasks, grammar=grammar, max_seq_len
 eval_sets = token_sets(shards_dir, 'eval', tasks, grammar=grammar, max_seq_len=max_seq_len, n=n_eval)
 golden_sets = token_sets(shards_dir, 'golden', tasks, grammar=grammar, max_seq_len=max_seq_len, n=n_golden)
 require_enough(train_sets, eval_sets, shards_dir)
+matching = {}                  # {task: sets of eval items to tell apart}
+for task, examples in eval_sets.items():
+    matching[task] = matching_sets(matching_keys(task, examples), n_retrieval, seed)
 text_set = text_examples(text_jsonl, tokenizer, max_seq_len, n_text)
 if replay_jsonl:
     train_sets['text'] = text_examples(replay_jsonl, tokenizer, max_seq_len)
@@ -207,7 +219,8 @@ if rank == 0:
                           image_prefix=image_prefix, audio_prefix=audio_prefix, device=device)
 if rank == 0:
     n_train = sum(len(examples) for examples in train_sets.values())
-    print(f'{n_train} examples of {len(tasks)} tasks to train on; '
+    held_out = ', '.join(f'{len(examples)} {task}' for task, examples in eval_sets.items())
+    print(f'{n_train} examples of {len(tasks)} tasks to train on; {held_out} of {n_eval} to evaluate; '
           f'{sum(p.numel() for p in trainable.values()):,} parameters learn')
 
 # optimizer: matrices decay, vectors do not; peak: a group's highest learning rate
@@ -277,11 +290,13 @@ def ablations(task, examples):
     }
 
 
-def evaluate():
-    """Of each task: {condition: summed loss of each held-out example}, their labels; for the log: means in nats per
-    label, and rates: of items in which the right one wins, of labels that get more than half of the probability."""
+def evaluate(at_end):
+    """Of each task: {condition: summed loss of each held-out example}, their labels, crossed losses of one set of them,
+    or of all at the end; for the log: means in nats per label, and rates: of items in which the right one wins or is
+    found, of labels that get more than half of the probability."""
     losses = {}
     counts = {}
+    crossed = {}
     means = {}
     rates = {}
     for task, examples in eval_sets.items():
@@ -295,15 +310,21 @@ def evaluate():
             losses[task][condition] = sums
             means[f'{task}_{condition}'] = float(sums.sum() / counts[task].sum())
             rates[f'{task}_win_{condition}'] = float((sums > correct).mean())
+        sets = matching[task] if at_end else matching[task][:1]
+        crossed[task] = crossed_losses(model, task, examples, sets, micro_batch_size, rank=rank,
+                                       world_size=world_size)
+        for name, rate in retrieval(crossed[task]).items():
+            rates[f'{task}_{name}'] = rate
+        rates[f'{task}_share_removed'] = crossed_share(crossed[task]).value
     nats, _ = example_sums(model, text_set, micro_batch_size, rank=rank, world_size=world_size)
     means['text'] = float(nats.sum() / sum(len(example.label_positions) for example in text_set))
-    return losses, counts, means, rates
+    return losses, counts, crossed, means, rates
 
 
 def generate(task, examples, path, guidance):
     """Describe, draw or generate audio: path.jsonl, a line an example, and what it decodes to in path/. Returns, on
     rank 0, what was generated and what it decodes to."""
-    outputs = complete_task(model, grammar, tokenizer, task=task, examples=examples, batch_size=micro_batch_size,
+    outputs = complete_task(model, grammar, task=task, examples=examples, batch_size=micro_batch_size,
                             max_new_tokens=max_new_tokens, temperature=temperature, guidance=guidance, rank=rank,
                             world_size=world_size)
     if rank != 0:
@@ -329,7 +350,7 @@ while True:
         meter.pause()
         in_log = evaluated and step == first_step
         if not stopped and not (in_log and step < n_steps):   # a finished run is judged again, and logged once
-            losses, counts, means, rates = evaluate()
+            losses, counts, crossed, means, rates = evaluate(at_end=step == n_steps)
             stop_if_eval_not_finite(step, means)
             if not in_log:
                 log.write('eval', step=step, **means, **rates)
@@ -393,8 +414,10 @@ for task, examples in eval_sets.items():
         predicted[name] = generate(task, examples[:n_predictions], out / 'predictions' / name, value)
 status = 0
 if rank == 0:
-    rise = means['text'] / at_start['text'] - 1
-    verdicts = [gates.at_most('text-only loss, rise over the base model', rise, gate_text)]
+    shared = 0.0
+    if replay_jsonl:
+        shared = shared_phrases(read_texts(text_jsonl)[:n_text], read_texts(replay_jsonl)[:20_000])
+    verdicts = [gates.text_gate(means['text'] / at_start['text'] - 1, gate_text, shared)]
     read_bars = {
         'shuffled': ("another item's media cost more than the right ones", gate_shuffled_nats, gate_shuffled_win),
         'random': ('random codes cost more than the right ones', gate_random_nats, gate_random_win),
@@ -404,8 +427,16 @@ if rank == 0:
         'empty': ('no prompt costs more than the right one', gate_empty_nats, gate_empty_win),
     }
     measured = {}
+    worth = {}
     for task in tasks:
         modality, direction = TASKS[task]
+        golden_outputs, golden_decoded = golden[task]
+        outputs, decoded = predicted[task]
+        worth[task] = gates.worth(rates[f'{task}_share_removed'], crossed[task], distinct(outputs))
+        names = {'read': ('media of a text', 'text of its media'), 'write': ('prompt of codes', 'codes of a prompt')}
+        input_name, output_name = names[direction]
+        verdicts += gates.retrieval_gates(crossed[task], f'{task}: {input_name}', f'{task}: {output_name}',
+                                          input_bar=gate_input_recall, output_bar=gate_output_recall)
         bars = read_bars if direction == 'read' else write_bars
         for condition, (name, nats, win) in bars.items():
             gate, measured[f'{task}_{condition}'] = gates.ablation(
@@ -415,9 +446,11 @@ if rank == 0:
         if direction == 'read':
             lost = 100 * (at_start[f'{task}_right'] - rates[f'{task}_right'])
             verdicts.append(gates.at_most(f'{task}: points of right labels lost since B3', lost, gate_read_points))
+            described = [*golden_sets[task], *eval_sets[task][:n_predictions]]
+            said = said_of(described, [*golden_outputs, *outputs], tokenizer, max_new_tokens)
+            verdicts += gates.text_gates(f'{task}: descriptions', said, distinct=gate_distinct,
+                                         commonest=gate_commonest, malformed=gate_malformed, own_truth=gate_own_truth)
             continue
-        golden_codes, golden_decoded = golden[task]
-        codes, decoded = predicted[task]
         if modality == 'image':
             shapes = [(3, space.image['size'], space.image['size'])] * len(golden_sets[task])
             collapse_bars = {'pixel_std': gate_pixel_std}
@@ -426,9 +459,9 @@ if rank == 0:
             collapse_bars = {'rms': gate_rms, 'spectral_std': gate_spectral_std}
         first, end = grammar.bounds(grammar.payload_ranges[modality])
         verdicts.append(gates.at_least(f'{task}: held-out items', len(eval_sets[task]), gate_items))
-        verdicts += gates.generation_gates(task, [*golden_codes, *codes], first, end=end, golden=golden_decoded,
+        verdicts += gates.generation_gates(task, [*golden_outputs, *outputs], first, end=end, golden=golden_decoded,
                                            shapes=shapes, n_golden=n_golden)
-        verdicts += gates.collapse_gates(task, codes, decoded, distinct=gate_distinct, **collapse_bars)
+        verdicts += gates.collapse_gates(task, outputs, decoded, distinct=gate_distinct, **collapse_bars)
     every_example = []
     for sets in train_sets, eval_sets, golden_sets:
         for examples in sets.values():
@@ -446,9 +479,9 @@ if rank == 0:
         export_stock(model, tokenizer, out / 'export')
     else:
         adapter.save_pretrained(out / 'adapter')
-    status = gates.conclude(out, verdicts, losses=means, start=at_start, ablations=measured)
+    status = gates.conclude(out, verdicts, worth=worth, losses=means, start=at_start, ablations=measured)
     write_status(out, 'finished', step, n_steps)
-    gates.curves(out / 'log.jsonl', out / 'curves.png', [f'{task}_correct' for task in tasks])
+    gates.curves(out / 'log.jsonl', out / 'curves.png', [f'{task}_correct' for task in tasks], tasks)
 status = int(all_sum(status))
 shutdown_ranks()
 sys.exit(status)

@@ -21,5 +21,6 @@ epoch_samples = 76_800         # 1,200 steps; --epoch_samples=0 --epoch_minutes=
 eval_every = 300
 gate_ablation_nats = 0.5       # a picture that is worth less than this has not been looked at
 n_eval = 384
+bucket_edges = (10, 20)        # label tokens of a short and of a medium caption, at most
 max_new_tokens = 48
 feature_cache = f'{_small}/features'

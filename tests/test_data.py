@@ -13,7 +13,7 @@ from conftest import run_here
 import data
 from data import (
     ChatTemplate, Example, Loader, ShuffledSampler, choose_split, collate, data_fingerprint, image_reader,
-    length_buckets, load_split, padded_layout, shuffled_index)
+    label_thirds, length_buckets, load_split, padded_layout, shuffled_index)
 from lists import Item, read_llava, read_texts
 from media import BadSample, BadSamples
 
@@ -349,7 +349,9 @@ def split(examples, folder, n_eval=30, n_golden=9, edges=(10, 20), read=lambda p
     path = folder / 'split.json'
     choose_split(examples, n_eval, n_golden, edges, path=path, bad_samples=BadSamples(folder / 'bad.jsonl', 99),
                  read=read)
-    return load_split(examples, path, n_eval)
+    *sets, found_edges = load_split(examples, path, n_eval)
+    assert found_edges == list(edges) or not edges
+    return sets
 
 
 def ids(examples):
@@ -367,6 +369,19 @@ def test_eval_and_golden_are_balanced_over_the_length_buckets_and_so_is_a_part_o
     assert len(train_set) == 150 - 110
     part = Counter(len(example.label_positions) for example in eval_set[:30])
     assert min(part.values()) >= 5                     # 10 of each, give or take
+
+
+def test_a_bucket_that_has_too_few_is_filled_up_from_the_others(tmp_path):
+    """Edges that do not fit: nothing is short, and what is long is soon used up."""
+    _, eval_set, golden_set = split(make_examples(tmp_path, 60), tmp_path, n_eval=30, n_golden=9, edges=(5, 20))
+    assert len(eval_set) == 30 and len(golden_set) == 9
+
+
+def test_without_edges_the_buckets_are_thirds_of_the_data(tmp_path):
+    examples = make_examples(tmp_path, 60)
+    assert label_thirds(examples) == [10, 20] and label_thirds([]) == [0, 0]
+    _, eval_set, _ = split(examples, tmp_path, edges=())
+    assert Counter(len(example.label_positions) for example in eval_set) == {10: 10, 20: 10, 21: 10}
 
 
 def test_the_length_buckets_are_masks_of_those_that_hold_any():

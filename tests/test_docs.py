@@ -131,7 +131,7 @@ GROUPS = (
     ('configure', 'common'),
     ('media',),
     ('training', 'lists', 'codec'),
-    ('data', 'model'),
+    ('data', 'model', 'grounding'),
     ('uti',),
     ('shards',),
     ('inference',),

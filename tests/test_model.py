@@ -27,7 +27,7 @@ from data import ChatTemplate, Loader, collate, image_reader, padded_layout
 from lists import Item, read_llava
 from media import BadSample, BadSamples, read_image
 from inference import (
-    VisionChat, ablation_means, complete_examples, generate, image_ablation, pick, token_moments)
+    VisionChat, ablation_means, complete_examples, crossed_losses, generate, image_ablation, pick, token_moments)
 from model import (
     VLM, Connector, Tower, cache_features, image_settings, label_losses, load_llm, load_tokenizer, load_tower, load_vlm,
     short_attention)
@@ -510,6 +510,21 @@ def test_the_ablation_is_the_same_for_any_batch_size_and_its_correct_losses_are_
         assert np.abs(four[condition] - four['correct']).max() > 0.01
 
 
+def test_crossed_losses_are_those_of_each_text_under_each_image(world):
+    sets = [[3, 8, 1], [20, 0, 5]]
+    crossed = crossed_losses(world.vlm, world.loader, world.captions, sets, batch_size=4)
+    again = crossed_losses(world.vlm, world.loader, world.captions, sets, batch_size=9)
+    assert crossed.shape == (2, 3, 3)
+    np.testing.assert_allclose(crossed, again, rtol=1e-5)
+    for table, members in zip(crossed, sets):
+        for i, image in enumerate(members):
+            for j, text in enumerate(members):
+                item = replace(world.captions[text].item, image=world.captions[image].item.image)
+                with torch.no_grad():
+                    want = losses_alone(world, replace(world.captions[text], item=item)).sum().item()
+                assert table[i, j] == pytest.approx(want, rel=1e-5)
+
+
 def test_for_a_connector_that_is_fed_zeros_another_image_costs_exactly_nothing(world, monkeypatch):
     image_tokens = world.vlm.image_tokens
     monkeypatch.setattr(world.vlm, 'image_tokens', lambda images: image_tokens(torch.zeros_like(images)))
@@ -529,9 +544,12 @@ def test_the_means_of_an_ablation_are_per_label_and_wins_per_example():
     losses = {'correct': np.array([2.0, 6.0, 30.0]), 'shuffled': np.array([4.0, 6.0, 33.0]),
               'zero': np.array([1.0, 5.0, 29.0]), 'noise': np.array([3.0, 7.0, 31.0])}
     counts = np.array([2, 4, 10])                      # 16 labels: one short example, one medium, one long
-    assert ablation_means(losses, counts, (2, 4)) == pytest.approx({
-        'correct': 38 / 16, 'shuffled': 43 / 16, 'zero': 35 / 16, 'noise': 41 / 16, 'short': 2 / 2, 'medium': 6 / 4,
-        'long': 30 / 10, 'win_shuffled': 2 / 3, 'win_zero': 0, 'win_noise': 1})
+    crossed = np.array([[[1.0, 5.0], [2.0, 9.0]]])     # text 1 is likelier under the other image
+    assert ablation_means(losses, counts, (2, 4), crossed) == pytest.approx({
+        'share_removed': 1 - 38 / 43, 'input_recall_1': 0.5, 'input_recall_5': 1, 'input_median_rank': 1.5,
+        'output_recall_1': 0, 'output_recall_5': 1, 'output_median_rank': 2, 'correct': 38 / 16, 'shuffled': 43 / 16,
+        'zero': 35 / 16, 'noise': 41 / 16, 'short': 2 / 2, 'medium': 6 / 4, 'long': 30 / 10, 'win_shuffled': 2 / 3,
+        'win_zero': 0, 'win_noise': 1})
 
 
 # -----------------------------------------------------------------------------

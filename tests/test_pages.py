@@ -162,7 +162,7 @@ def read_sound(folder, wave, n_bytes=None):
 
 def split_too_few(folder):
     examples = [data.Example(lists.Item('1', None, ()), np.arange(4), np.arange(2), -1, False)]
-    data.choose_split(examples, 8, 8, edges=(10, 20), path=folder / 'split.json', bad_samples=None, read=None)
+    data.choose_split(examples, 8, 8, bucket_edges=(10, 20), path=folder / 'split.json', bad_samples=None, read=None)
     data.load_split(examples, folder / 'split.json', 8)
 
 

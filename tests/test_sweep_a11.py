@@ -32,7 +32,7 @@ def sweep(*args):
 @pytest.fixture(scope='module')
 def flags(a1_config):
     return [f'--base_config={a1_config}', "--grid={'learning_rate': [2e-2, 1e-3], 'vision_ln': [False, True]}",
-            "--overrides={'epoch_samples': 32, 'n_golden': 3, 'n_predictions': 0}"]
+            "--overrides={'epoch_samples': 32, 'n_golden': 3, 'n_predictions': 8}"]
 
 
 @pytest.fixture(scope='module')

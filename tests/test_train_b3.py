@@ -28,7 +28,7 @@ def test_it_learns_passes_its_gates_and_writes_what_it_promises(b3_run):
     assert [record['step'] for record in evals] == [0, 70, 80]
     for task in 'i2t', 'a2t', 't2i', 't2a':
         assert evals[-1][f'{task}_correct'] < evals[0][f'{task}_correct'] - 0.3
-    assert b3_run.code == 0 and len(read_gates(out)) == 12 and ANOTHER < set(read_gates(out))
+    assert b3_run.code == 0 and len(read_gates(out)) == 26 and ANOTHER < set(read_gates(out))
     state = load(out / 'trainable_rows.pt', weights_only=True)
     meta = read_json(out / 'trainable_rows.json')
     space = TokenSpace.load(out / 'token_space.json')

@@ -41,7 +41,7 @@ def test_it_learns_to_draw_passes_its_gates_and_writes_what_it_promises(b4_run):
     for task in 't2i', 't2a':
         assert evals[-1][f'{task}_correct'] < evals[0][f'{task}_correct'] - 0.1
         assert evals[-1][f'{task}_shuffled'] > evals[-1][f'{task}_correct'] + 0.5
-    assert b4_run.code == 0 and len(read_gates(out)) == 28 and ANOTHER | EMPTY < set(read_gates(out))
+    assert b4_run.code == 0 and len(read_gates(out)) == 48 and ANOTHER | EMPTY < set(read_gates(out))
     space = TokenSpace.load(out / 'token_space.json')
     for folder, n in (out / 'golden' / 'step_000040', 4), (out / 'predictions', 16):
         for task, modality in ('t2i', 'image'), ('t2a', 'audio'):
@@ -145,7 +145,7 @@ def test_a_b3_run_that_failed_or_of_another_space_or_base_is_refused(b4_config, 
     record = read_json(tmp_path / 'b3' / 'gates.json')
     record['gates'][1]['passed'] = False
     (tmp_path / 'b3' / 'gates.json').write_text(json.dumps(record))
-    assert 'failed its gate "i2t: another' in refusal(f'--new_rows_dir={tmp_path}/b3')
+    assert 'failed its gate "i2t: media of a text' in refusal(f'--new_rows_dir={tmp_path}/b3')
     meta = read_json(tmp_path / 'b3' / 'trainable_rows.json')
     (tmp_path / 'b3' / 'trainable_rows.json').write_text(json.dumps({**meta, 'base_sha256': 'other'}))
     flags = f'--new_rows_dir={tmp_path}/b3', '--allow_failed_gates=True'
@@ -233,7 +233,7 @@ def test_transformers_alone_gives_the_ids_of_the_run_greedily(b4_run, colours, t
     space = TokenSpace.load(b4_run.out / 'token_space.json')
     prompts = reading_prompts(space)
     found = stock(tmp_path / 'exported', prompts)
-    assert code == 0 and '28 gates passed' in printed and found['own'] == []
+    assert code == 0 and '48 gates passed' in printed and found['own'] == []
     assert set(os.listdir(tmp_path / 'exported')) == {
         'README.md', 'config.json', 'generation_config.json', 'model.safetensors', 'token_space.json',
         'tokenizer.json', 'tokenizer_config.json', 'prompts.json'}

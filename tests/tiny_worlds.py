@@ -5,6 +5,7 @@ tiny: pictures of the small world, its text, and base models that have learned l
 colours: a world that a tiny model masters. Its language model has learned one thing, to repeat a word that it has read
 four times; what stands for a word, image tokens or new rows, steers it. Pictures are of four colours; of codes, each
 word has its quarter of every range.
+pairs: the same with two words: the colours of a picture's left and right half. There are sixteen captions.
 """
 import json
 
@@ -71,22 +72,55 @@ def make_colours(root, tiny):
 
 def make_copier(folder, tiny):
     """A Qwen3 that continues `x w w w w y` with `w <|im_end|>`."""
+    def teach(ids, end):
+        ids[:, 1:5] = ids[:, 6:7]
+        ids[:, 7] = end
+
+    make_repeater(folder, tiny, n_ids=8, n_given=6, n_steps=250, teach=teach)
+
+
+def make_repeater(folder, tiny, n_ids, n_given, n_steps, teach):
+    """A Qwen3 that continues the n_given first of n_ids ids as teach(random ids (B, T), end) sets them."""
     tokenizer = AutoTokenizer.from_pretrained(tiny / 'llm')
     torch.manual_seed(0)
     llm = Qwen3ForCausalLM(Qwen3Config.from_pretrained(tiny / 'llm'))
     end = tokenizer.convert_tokens_to_ids('<|im_end|>')
 
     def loss_of_step(step):
-        ids = torch.randint(3, 500, (32, 8))                                                    # (B, T)
-        ids[:, 1:5] = ids[:, 6:7]
-        ids[:, 7] = end
+        ids = torch.randint(3, 500, (32, n_ids))                                                # (B, T)
+        teach(ids, end)
         labels = ids.clone()
-        labels[:, :6] = -100
+        labels[:, :n_given] = -100
         return llm(ids, labels=labels).loss
 
-    descend(llm, loss_of_step, n_steps=250, learning_rate=1e-2, title='copier')
+    descend(llm, loss_of_step, n_steps=n_steps, learning_rate=1e-2, title='copier')
     llm.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+def make_pairs(root, tiny):
+    """llm/ and pictures/: a Qwen3 that continues `x v v w w y z` with `v w <|im_end|>`, and 240 pictures with
+    captions.json."""
+    def teach(ids, end):
+        ids[:, 1:3] = ids[:, 7:8]
+        ids[:, 3:5] = ids[:, 8:9]
+        ids[:, 9] = end
+
+    make_repeater(root / 'llm', tiny, n_ids=10, n_given=7, n_steps=300, teach=teach)
+    (root / 'pictures').mkdir()
+    rng = np.random.default_rng(0)
+    names = list(COLOURS)
+    captions = []
+    for k in range(240):
+        left, right = (names[i] for i in rng.integers(4, size=2))
+        pixels = np.zeros((32, 32, 3), int)
+        pixels[:, :16] = COLOURS[left]
+        pixels[:, 16:] = COLOURS[right]
+        pixels = np.clip(pixels + rng.integers(-20, 20, 3), 0, 255).astype(np.uint8)
+        Image.fromarray(pixels).save(root / 'pictures' / f'{k}.png')
+        turns = [{'from': 'human', 'value': '<image>'}, {'from': 'gpt', 'value': f'{left} {right}'}]
+        captions.append({'id': f'pair {k}', 'image': f'{k}.png', 'conversations': turns})
+    (root / 'pictures' / 'captions.json').write_text(json.dumps(captions))
 
 
 def make_pictures(folder):
