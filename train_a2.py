@@ -247,7 +247,8 @@ def predict(examples, path):
 log = Log(out / 'log.jsonl', step if resume else None, active=rank == 0, writer=board)
 if not resume:
     log.write('run', stage='a2', settings=config, n_steps=n_steps, epoch_samples=epoch_samples, world_size=world_size,
-              trainable=sum(p.numel() for p in trainable.values()), **provenance())
+              trainable=sum(p.numel() for p in trainable.values()),
+              held_out={'eval': len(eval_set), 'golden': len(golden_set)}, **provenance())
 model.train()
 meter = Meter()
 progress = Progress(n_steps, 'a2', initial=step, active=rank == 0)

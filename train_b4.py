@@ -338,7 +338,8 @@ def generate(task, examples, path, guidance):
 log = Log(out / 'log.jsonl', step if resume else None, active=rank == 0, writer=board)
 if not resume:
     log.write('run', stage='b4', settings=config, n_steps=n_steps, epoch_samples=epoch_samples, world_size=world_size,
-              trainable=sum(p.numel() for p in trainable.values()), token_space=space.sha256, **provenance())
+              trainable=sum(p.numel() for p in trainable.values()), token_space=space.sha256,
+              held_out={task: len(examples) for task, examples in eval_sets.items()}, **provenance())
 model.train()
 meter = Meter()
 progress = Progress(n_steps, 'b4', initial=step, active=rank == 0)

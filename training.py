@@ -64,7 +64,7 @@ class StopSignal:
         raise SystemExit(f'{name} stopped this run: saved at step {step}, go on with --resume=True')
 
 
-# what a resumed run may change: the machine it runs on, and where its files are
+# what a resumed run may change: the machine it runs on, where its files are, and the bars of its gates
 FREE_ON_RESUME = {'resume', 'micro_batch_size', 'out_dir', 'device', 'feature_cache', 'workers', 'log_every',
                   'max_bad_samples', 'allow_failed_gates', 'epoch_samples', 'epoch_minutes', 'image_codec',
                   'audio_codec', 'tensorboard'}
@@ -74,7 +74,8 @@ def check_resumable(meta, settings, frozen_sha256, folder):
     """A run goes on only as what it was: same settings, but for those of the machine, and same frozen weights."""
     for key, had in meta['settings'].items():
         # as JSON, which the checkpoint went through: a tuple came back as a list
-        if key not in FREE_ON_RESUME and json.dumps(settings.get(key)) != json.dumps(had):
+        is_free = key in FREE_ON_RESUME or key.startswith('gate_')
+        if not is_free and json.dumps(settings.get(key)) != json.dumps(had):
             raise SystemExit(f'{folder} has {key} = {had!r}, this run has {settings.get(key)!r}: cannot resume')
     if meta['frozen_sha256'] != frozen_sha256:
         raise SystemExit(f'{folder} was trained on other frozen weights (sha256 {meta["frozen_sha256"][:12]}, '

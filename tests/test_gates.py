@@ -237,6 +237,24 @@ def test_the_report_card_is_the_exit_status(tmp_path):
     assert (tmp_path / 'report.html').exists()
 
 
+def test_what_the_stages_are_worth_stands_first(tmp_path):
+    crossed = np.full((1, 8, 8), 4.0) - 3 * np.eye(8)
+    worth = gates.worth(0.75, crossed, distinct=0.5)
+    assert worth == {'share removed': 0.75, 'input found': 1.0, 'output found': 1.0, 'different': 0.5}
+    conclude(tmp_path / 'a1', [GOOD], worth={'': worth})
+    conclude(tmp_path / 'b3', [GOOD], worth={'i2t': worth, 'a2t': {**worth, 'input found': 0.25}})
+    conclude(tmp_path / 'b4', [GOOD])                  # of an older version
+    (tmp_path / 'b5').mkdir()
+    (tmp_path / 'b5' / 'gates.json').write_text('{"worth": [1]}')
+    _, printed = run_here('gates.py', tmp_path)
+    head, *rows = printed.split('\n\n')[0].splitlines()
+    assert head.split('  ')[-4:] == list(gates.WORTH)
+    assert [row.split() for row in rows] == [
+        [f'{tmp_path}/a1', '0.750', '1.000', '1.000', '0.500'],
+        [f'{tmp_path}/b3', 'i2t', '0.750', '1.000', '1.000', '0.500'],
+        [f'{tmp_path}/b3', 'a2t', '0.750', '0.250', '1.000', '0.500']]
+
+
 def test_the_report_card_of_nothing_fails_with_a_message(tmp_path):
     (tmp_path / 'a1').mkdir()
     for folder in tmp_path, tmp_path / 'gone':

@@ -19,12 +19,14 @@ import soundfile
 from conftest import REPO
 from PIL import EpsImagePlugin, Image
 
+import gates
 from common import sha256_file
 from gates import at_least, at_most, conclude
 from tools import report
 
 EVIL = '<script>alert("x")</script>'
 STAGES = ['A1', 'A1.1', 'A2', 'B1', 'B2', 'B3', 'B4']
+WORTH = dict(zip(gates.WORTH, (0.9531, 0.8125, 0.7344, 0.6211)))
 RUN = {'commit': 'abc1234', 'dirty': True, 'python': '3.11', 'torch': '2.13', 'transformers': '5.20',
        'device': 'a machine of 2 cores', 'date': '2026-11-24'}
 SPACE = {'base': {'name': 'tiny', 'text_rows': 320, 'tokenizer_sha256': 'ab', 'end_of_text': 299},
@@ -57,8 +59,9 @@ def write_sound(path, n):
 
 def write_log(folder, stage, losses, **settings):
     """log.jsonl and status.json of a finished run of 20 steps that was evaluated at 0, 10 and 20."""
-    records = [{'kind': 'run', 'stage': stage, 'settings': {'global_batch_size': 8, **settings}, **RUN, 'world_size': 1,
-                'n_steps': 20, 'epoch_samples': 160, 'trainable': 4321}]
+    settings = {'global_batch_size': 8, 'n_eval': 256, 'n_golden': 64, **settings}
+    records = [{'kind': 'run', 'stage': stage, 'settings': settings, **RUN, 'world_size': 1, 'n_steps': 20,
+                'epoch_samples': 160, 'trainable': 4321, 'held_out': {'eval': 256, 'golden': 64}}]
     for step in 0, 10, 20:
         if step > 0:
             records.append({'kind': 'step', 'step': step, 'window_loss': 4 - step / 10, 'samples_per_s': 2.0,
@@ -72,14 +75,14 @@ def write_log(folder, stage, losses, **settings):
 def write_track_a(folder, stage, media):
     """An A1 or A2 run with 20 golden examples, five checkpoints of them."""
     write_log(folder, stage, {'correct': 1.0, 'shuffled': 2.0, 'zero': 3.0, 'noise': 3.5, 'win_zero': 1.0, 'short': 1.0,
-                              'long': 2.0, 'text': 2.5}, secret=EVIL)
+                              'long': 2.0, 'text': 2.5, 'input_recall_1': 0.75, 'share_removed': 0.5}, secret=EVIL)
     write(folder / 'split.json', {'eval': ['a', 'b'], 'golden': ['c']})
     write(folder / 'truth.json', {'one object': [9, 10], EVIL: [0, 0]})
     for step in 0, 5, 10, 15, 20:
         write_lines(folder / 'golden' / f'step_{step:06d}.jsonl', [{
             'id': f'chat {n}', 'image': f'{media}/1.png', 'turn': 0, 'question': f'What? {EVIL}',
             'truth': 'a red circle', 'prediction': 'a red circle' if step == 20 else EVIL} for n in range(20)])
-    conclude(folder, [at_least(f'right {EVIL}', 0.9, 0.5)], losses={'correct': 0.8})
+    conclude(folder, [at_least(f'right {EVIL}', 0.9, 0.5)], worth={'': WORTH}, losses={'correct': 0.8})
 
 
 def write_sweep(folder):
@@ -88,7 +91,8 @@ def write_sweep(folder):
         point = folder / f'learning_rate={rate},vision_ln={ln}'
         write_log(point, 'a1', {'correct': 1.0, 'shuffled': 2.0})
         conclude(point, [at_most('loss', n, 2)])
-        runs.append({'learning_rate': rate, 'vision_ln': ln, 'score': 0.5 + n, 'loss': 1.0, 'd_shuffle': 0.25,
+        runs.append({'learning_rate': rate, 'vision_ln': ln, 'share_removed': 0.3, 'input_recall': 0.6,
+                     'output_recall': 0.5, 'looked': n < 3, 'score': 0.5 + n, 'loss': 1.0, 'd_shuffle': 0.25,
                      'd_zero': 2.0, 'gates_passed': n < 3, 'folder': f'out/a11_small/{point.name}'})
     grid = {'learning_rate': [1e-3, 2e-3], 'vision_ln': [False, True]}
     write(folder / 'sweep.json', {'settings': {'grid': grid}, 'runs': runs, 'best': runs[0]})
@@ -233,6 +237,19 @@ def test_a_stage_shows_commit_hardware_time_settings_and_sizes(whole):
         assert '<td>image.grid</td><td>[2, 2]</td>' in part and '<td>audio</td><td>none</td>' in part
 
 
+def test_a_stage_begins_with_what_it_is_worth(whole):
+    a2 = section(whole, 'A2')
+    cells = '<td>0.9531</td><td>0.8125</td><td>0.7344</td><td>0.6211</td>'
+    assert f'<td>all</td>{cells}' in a2 and a2.index(cells) < a2.index('<dt>commit</dt>')
+    assert 'what it is worth by step: input_recall_1 from 0.75 to 0.55; share_removed from 0.5 to 0.3' in a2
+
+
+def test_a_held_out_set_that_came_out_smaller_is_a_line(out):
+    log = out / 'a2_small' / 'log.jsonl'
+    log.write_text(log.read_text().replace('{"eval": 256,', '{"eval": 85,'))
+    assert notes(page_of(out)) == ['held out: 85 of the 256 that were asked for (eval).']
+
+
 def test_charts_have_their_first_and_last_values_in_words(whole):
     a2, b3 = section(whole, 'A2'), section(whole, 'B3')
     assert 'held-out loss by what the model sees by step: correct from 1 to 0.8; shuffled from 2 to 1.8; zero' in a2
@@ -243,7 +260,8 @@ def test_charts_have_their_first_and_last_values_in_words(whole):
 def test_a_sweep_shows_its_grid_and_the_gates_of_the_best_run(whole):
     a11 = section(whole, 'A1.1')
     assert 'by learning_rate: vision_ln False from 0.5 to 2.5; vision_ln True from 1.5 to 3.5' in a11
-    assert ('<td>best</td><td>0.001</td><td>False</td><td>0.5</td><td>1</td><td>0.25</td><td>2</td>'
+    assert ('<td>best</td><td>0.001</td><td>False</td><td>0.3</td><td>0.6</td><td>0.5</td><td>yes</td>'
+            '<td>0.5</td><td>1</td><td>0.25</td><td>2</td>'
             '<td><span class="passed">pass</span></td><td>1 min 20 s</td>' in a11)
     assert 'The best is learning_rate=0.001,vision_ln=False' in a11 and a11.count('&lt;= 2') == 1
     assert '<dd>5 min 20 s, without evaluations</dd>' in a11

@@ -23,7 +23,7 @@ from matplotlib.figure import Figure                   # not pyplot: it would ob
 from PIL import Image, ImageOps
 
 from common import sha256_file, write_atomic
-from gates import read_verdict, verdict_files
+from gates import WORTH, read_verdict, read_worth, verdict_files  # noqa: F401  the template has them too
 from lists import read_llava
 from media import IMAGE_FORMATS, MAX_PIXELS, BadSamples
 from shards import read_manifest
@@ -214,7 +214,7 @@ def chart(title, lines, x='step', y='nats per label'):
     return {'uri': data_uri('image/svg+xml', buffer), 'label': f'{title} by {x}: {ends}'}
 
 
-def log_chart(run, title, names, prefix=''):
+def log_chart(run, title, names, prefix='', y='nats per label'):
     """A chart of the log. names: of its lines; behind the prefix, keys of the evaluations."""
     records = run.log('step') + run.log('eval')
     lines = {}
@@ -222,7 +222,7 @@ def log_chart(run, title, names, prefix=''):
         key = {'training': 'window_loss', 'held out': 'correct'}.get(name, prefix + name)
         points = [(r['step'], r[key]) for r in records if isinstance(r.get(key), int | float)]
         lines[name] = list(zip(*points))
-    return chart(title, lines)
+    return chart(title, lines, y=y)
 
 
 def sweep_chart(sweep, title):
