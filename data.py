@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from common import canonical, in_parts, read_sealed, sha256_file, write_sealed
+from common import canonical, read_sealed, sha256_file, write_sealed
 from lists import Item, shown
 from media import BadSample
 
@@ -334,8 +334,26 @@ class Batch:
         return replace(self, layout=layout, **moved)
 
 
-def padded_layout(lengths, group_size=16):
-    """[(pad_index (B, L), unpad_index (tokens,))], one for each group of group_size examples of an unpadded batch.
+def attention_groups(lengths, most=16, waste=1.25):
+    """Cut examples, in their order, into groups that attention fills up to their longest: [number of examples].
+
+    A group ends where its filled-up squares would pass `waste` times the real ones: attention pays for squares.
+    """
+    groups = []
+    n = longest = squares = 0                          # of the group so far
+    for length in lengths:
+        longest_then = max(longest, length)
+        squares_then = squares + length ** 2
+        if n and (n == most or (n + 1) * longest_then ** 2 > waste * squares_then):
+            groups.append(n)
+            n, longest_then, squares_then = 0, length, length ** 2
+        n, longest, squares = n + 1, longest_then, squares_then
+    return [*groups, n]
+
+
+def padded_layout(lengths, groups=None):
+    """[(pad_index (B, L), unpad_index (tokens,))], one for each group of an unpadded batch, by default the
+    attention_groups.
 
     pad_index says which of the group's tokens stands at each place of the padded group; a short example is filled up
     with token 0, which the causal mask hides. unpad_index says where in B * L each of the group's tokens is. Two
@@ -343,7 +361,10 @@ def padded_layout(lengths, group_size=16):
     Examples come in the order of their lengths, so that little is filled up.
     """
     layout = []
-    for group in in_parts(np.array(lengths), group_size):
+    first = 0
+    for n in groups or attention_groups(lengths):
+        group = np.array(lengths[first:first + n])
+        first += n
         starts = np.cumsum(group) - group
         columns = np.arange(group.max())
         is_token = columns < group[:, None]                                                     # (B, L)

@@ -293,7 +293,7 @@ def unpadded_attention(module, query, key, value, attention_mask, scaling=None, 
         q = padded(queries[n], pad_index)
         k = padded(keys[n], pad_index)
         v = padded(values[n], pad_index)
-        if v.device.type == 'cpu' and v.dtype == torch.bfloat16:
+        if v.device.type == 'cpu' and v.dtype == torch.bfloat16 and v.shape[2] <= SHORT:
             attended = short_attention(q, k, v, scaling=scaling, dropout=dropout)               # (B, heads, L, .)
         else:
             attended = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, dropout_p=dropout,
@@ -301,6 +301,9 @@ def unpadded_attention(module, query, key, value, attention_mask, scaling=None, 
         tokens = attended.transpose(1, 2).flatten(0, 1)                                         # (B * L, heads, .)
         outputs.append(tokens.index_select(0, unpad_index))
     return torch.cat(outputs)[None], None                                                       # (1, T, heads, .)
+
+
+SHORT = 256                    # tokens up to which short_attention is the faster
 
 
 def short_attention(query, key, value, scaling=None, dropout=0.0):

@@ -100,6 +100,13 @@ class TokenModel(nn.Module):
         rows = self.new_out[ids.first - first_new:ids.end - first_new]                          # (size, D)
         return F.linear(hidden, rows.to(hidden.dtype))
 
+    def range_rows(self, dtype):
+        """{index of a range: its output rows (size, D)}, of all ranges but text."""
+        indices = [index for index, ids in enumerate(self.space.ranges) if ids.name != 'text']
+        sizes = [self.space.ranges[index].end - self.space.ranges[index].first for index in indices]
+        # one split: of a slice for each range, every one would fill a whole matrix with zeros on the way back
+        return dict(zip(indices, self.new_out.to(dtype).split(sizes)))
+
     def all_logits(self, hidden):
         """(M, D) -> (M, V + new): logits over every id."""
         return torch.cat([self.llm.lm_head(hidden), F.linear(hidden, self.new_out.to(hidden.dtype))], dim=-1)
@@ -116,10 +123,12 @@ class TokenModel(nn.Module):
             counts = [count for _, count in label_ranges]
             hidden_by_range = hidden.split(counts)
             labels_by_range = batch.labels.split(counts)
+            rows = self.range_rows(hidden.dtype)
             losses = []
             for n, (index, _) in enumerate(label_ranges):
                 labels = labels_by_range[n] - self.space.ranges[index].first   # indices into the range's logits
-                losses.append(label_losses(hidden_by_range[n], partial(self.range_logits, index), labels))
+                head = partial(F.linear, weight=rows[index]) if index in rows else self.llm.lm_head
+                losses.append(label_losses(hidden_by_range[n], head, labels))
             return torch.cat(losses)
 
     def forward(self, batch):

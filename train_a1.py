@@ -154,7 +154,7 @@ if rank == 0:
 # optimizer: matrices decay, vectors do not; peak: a group's highest learning rate
 peaks = {'connector.': learning_rate}
 groups = parameter_groups(trainable, peaks, weight_decay)
-optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), fused=device.type == 'cuda')
+optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), fused=True)
 step = first_step = 0
 evaluated = False              # whether the log has the evaluation of first_step already
 with_gradient = set()          # names of what has had a gradient so far: everything trainable has to get there

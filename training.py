@@ -257,14 +257,15 @@ def measure_epoch(steps, forward_backward, optimizer, epoch_minutes, global_batc
 
 
 def grad_norms(trainable, groups):
-    """The gradient norm of each group of parameters, summed in float64. groups: {name for the log: prefix of names}."""
+    """The gradient norm of each group of parameters. groups: {name for the log: prefix of names}."""
     norms = {}
     for group, prefix in groups.items():
-        squares = 0.0                                  # of every number in the group's gradients
+        squares = []
         for name, p in trainable.items():
             if name.startswith(prefix) and p.grad is not None:
-                squares += p.grad.double().square().sum().item()   # float32 sums of millions lose digits
-        norms[group] = math.sqrt(squares)
+                rows = torch.linalg.vector_norm(p.grad, dim=-1)        # float32: a row is short
+                squares.append(rows.double().square().sum())           # float32 sums of millions lose digits
+        norms[group] = torch.stack(squares).sum().sqrt().item() if squares else 0.0
     return norms
 
 

@@ -12,8 +12,8 @@ from conftest import run_here
 
 import data
 from data import (
-    ChatTemplate, Example, Loader, ShuffledSampler, choose_split, collate, data_fingerprint, image_reader,
-    label_thirds, length_buckets, load_split, padded_layout, shuffled_index)
+    ChatTemplate, Example, Loader, ShuffledSampler, attention_groups, choose_split, collate, data_fingerprint,
+    image_reader, label_thirds, length_buckets, load_split, padded_layout, shuffled_index)
 from lists import Item, read_llava, read_texts
 from media import BadSample, BadSamples
 
@@ -630,9 +630,22 @@ def test_a_cache_takes_the_place_of_the_files_and_names_what_it_lacks():
 
 
 def test_examples_are_laid_out_a_group_at_a_time_each_counting_its_own_tokens():
-    first, second = padded_layout([3, 2, 2], group_size=2)
+    first, second = padded_layout([3, 2, 2], groups=[2, 1])
     assert [index.tolist() for index in first] == [[[0, 1, 2], [3, 4, 0]], [0, 1, 2, 3, 4]]
     assert [index.tolist() for index in second] == [[[0, 1]], [0, 1]]
+    [(pad_index, unpad_index)] = padded_layout([3, 5], groups=[2])
+    assert pad_index.tolist() == [[0, 1, 2, 0, 0], [3, 4, 5, 6, 7]]            # filled up with token 0
+    assert unpad_index.tolist() == [0, 1, 2, 5, 6, 7, 8, 9]
+    assert pad_index.flatten()[unpad_index].tolist() == list(range(8))
+
+
+@pytest.mark.parametrize('lengths, groups', [
+    ([10] * 40, [16, 16, 8]),
+    ([10, 9, 9, 8], [4]),                              # 4 x 100 for 326: 1.23 of what is real
+    ([10, 8, 7, 7], [2, 2]),                           # 3 x 100 for 213 would be 1.41
+    ([2000, 200, 190, 20], [1, 2, 1]), ([5], [1])])
+def test_a_group_ends_where_filling_it_up_would_cost_a_quarter_more(lengths, groups):
+    assert attention_groups(lengths) == groups
 
 
 def ints(*values):
@@ -647,10 +660,7 @@ def test_two_short_examples_are_laid_end_to_end():
     batch = collate([TEXT_ONLY, WITH_IMAGE], [None, np.ones((3, 2, 2), np.uint8)], num_image_tokens=2)
     assert batch.input_ids.tolist() == [30, 31, 32, 20, 21, 22, 23, 24]
     assert batch.position_ids.tolist() == [0, 1, 2, 0, 1, 2, 3, 4]
-    [(pad_index, unpad_index)] = batch.layout
-    assert pad_index.tolist() == [[0, 1, 2, 0, 0], [3, 4, 5, 6, 7]]            # filled up with token 0
-    assert unpad_index.tolist() == [0, 1, 2, 5, 6, 7, 8, 9]
-    assert pad_index.flatten()[unpad_index].tolist() == list(range(8))
+    assert [pad_index.tolist() for pad_index, _ in batch.layout] == [[[0, 1, 2]], [[0, 1, 2, 3, 4]]]
     assert batch.image_positions.tolist() == [4, 5]
     assert batch.logit_positions.tolist() == [1, 5, 6]                         # the position before each label
     assert batch.labels.tolist() == [32, 23, 24]

@@ -305,8 +305,9 @@ def test_an_unpadded_batch_gives_the_losses_that_each_example_gives_alone(world)
     assert len(set(lengths)) == 4                      # four lengths: pads are there to go wrong
     want = torch.cat([losses_alone(world, example) for example in world.mixed])
     assert torch.allclose(world.vlm.nll(batch), want, atol=1e-5, rtol=1e-5)
-    grouped = replace(batch, layout=padded_layout(lengths, group_size=2))
-    assert torch.allclose(world.vlm.nll(grouped), want, atol=1e-5, rtol=1e-5)
+    for groups in [len(lengths)], [2, len(lengths) - 2]:
+        grouped = replace(batch, layout=padded_layout(lengths, groups))
+        assert torch.allclose(world.vlm.nll(grouped), want, atol=1e-5, rtol=1e-5)
     one_long_example = replace(batch, layout=padded_layout([sum(lengths)]))
     assert (world.vlm.nll(one_long_example) - want).abs().max() > 0.1   # the test would see examples look across
 
