@@ -59,32 +59,34 @@ def image_ablation(vlm, loader, examples, batch_size, seed, rank=0, world_size=1
     """
     vlm.eval()
     device = vlm.llm.device
-    order = np.random.default_rng(seed).permutation(len(examples))
-    partner = np.empty(len(examples), int)
-    partner[order] = np.roll(order, 1)                 # each gets the image of the one before it in the order
+    order = np.random.default_rng(seed).permutation(len(examples))     # each gets the image of the one before it
+    places = np.array_split(np.arange(len(examples)), world_size)[rank]
+    mine = [order[place - 1] for place in places[:1]] + order[places].tolist()   # and the one before the first
+    tokens = []                                        # (N, D) each: every image goes through the tower once
+    for part in in_parts(mine, batch_size):
+        tokens += vlm.image_tokens(loader.images([examples[i] for i in part]).to(device))
+    # noise needs the moments of all real tokens, over every rank
+    mean, std = token_moments([real[None] for real in tokens[1:]], vlm.llm.config.hidden_size, device)
 
-    def tokens_of(indices):
-        images = loader.images([examples[i] for i in indices])
-        return vlm.image_tokens(images.to(device))                                              # (B, N, D)
-
-    # the real tokens first: noise needs the moments of all of them, over every rank
-    parts = in_parts(range(rank, len(examples), world_size), batch_size)
-    correct_tokens = [tokens_of(part) for part in parts]
-    mean, std = token_moments(correct_tokens, vlm.llm.config.hidden_size, device)
-
-    losses = []                                        # of this rank's examples, one number for each condition
-    for part, correct in zip(parts, correct_tokens):
+    losses = {}                                        # {index of an example: its loss under each condition}
+    for part in in_parts(range(1, len(mine)), batch_size):
+        part = sorted(part, key=lambda k: len(examples[mine[k]]), reverse=True)
+        correct = torch.stack([tokens[k] for k in part])                                        # (B, N, D)
         # seeded by the example: the same noise for any batch size and number of ranks
-        draws = [torch.randn(correct.shape[1:], generator=torch.Generator().manual_seed(i)) for i in part]
-        tokens = {'correct': correct,
-                  'shuffled': tokens_of(partner[list(part)]),
+        draws = [torch.randn(correct.shape[1:], generator=torch.Generator().manual_seed(mine[k])) for k in part]
+        images = {'correct': correct,
+                  'shuffled': torch.stack([tokens[k - 1] for k in part]),
                   'zero': torch.zeros_like(correct),
                   'noise': (mean + std * torch.stack(draws).to(device)).to(correct.dtype)}
-        batch = loader.collate([examples[i] for i in part]).to(device)
-        by_label = [vlm.nll(batch, tokens[condition]).double() for condition in CONDITIONS]     # four times (M,)
-        losses.extend(sum_by_example(torch.stack(by_label, dim=1), batch).tolist())
+        batch = collate([examples[mine[k]] for k in part], None, correct.shape[1]).to(device)
+        by_label = [vlm.nll(batch, images[condition]).double() for condition in CONDITIONS]     # four times (M,)
+        sums = sum_by_example(torch.stack(by_label, dim=1), batch).tolist()
+        losses.update({mine[k]: row for k, row in zip(part, sums)})
     vlm.train()
-    table = np.array(gather_in_order(losses)).reshape(-1, len(CONDITIONS))                      # (examples, 4)
+    every = {}
+    for of_a_rank in all_gather(losses):
+        every.update(of_a_rank)
+    table = np.array([every[i] for i in range(len(examples))]).reshape(-1, len(CONDITIONS))     # (examples, 4)
     return dict(zip(CONDITIONS, table.T))
 
 

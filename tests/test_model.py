@@ -482,20 +482,32 @@ def test_lora_by_full_path_touches_no_tower_module_and_a_bad_target_is_one_line(
 # -----------------------------------------------------------------------------
 # the ablation
 
-def test_in_the_ablation_nobody_keeps_its_own_image(world):
+def test_in_the_ablation_nobody_keeps_its_own_image_and_each_is_read_once(world, monkeypatch):
     asked = []
+    given = []                                         # (ids of a batch, the image tokens under a condition)
+    nll = world.vlm.nll
 
     def get_image(example):
         asked.append(example.item.id)
         return READ(example.item.image)
 
+    def spy(batch, image_tokens):
+        given.append((batch.ids, image_tokens))
+        return nll(batch, image_tokens)
+
+    monkeypatch.setattr(world.vlm, 'nll', spy)
     loader = Loader(get_image, 4, world.loader.bad_samples, workers=1)
-    examples = [replace(example, image_start=-1) for example in world.captions]   # collate then reads no image
-    image_ablation(world.vlm, loader, examples, batch_size=5, seed=1)
-    own, others = asked[:24], asked[24:]
-    assert own == [example.item.id for example in examples]
-    assert sorted(own) == sorted(others)
-    assert all(a != b for a, b in zip(own, others))
+    image_ablation(world.vlm, loader, world.captions, batch_size=5, seed=1)
+    ids = [example.item.id for example in world.captions]
+    assert sorted(asked[1:]) == sorted(ids) and asked[0] == asked[-1]  # the first one's partner is the last
+    with torch.no_grad():
+        own = {example.item.id: world.vlm.image_tokens(loader.images([example]))[0] for example in world.captions}
+    partners = {}
+    for batch_ids, tokens in given[1::4]:              # shuffled, of correct, shuffled, zero, noise
+        for id, row in zip(batch_ids, tokens):
+            [partners[id]] = [other for other, image in own.items() if torch.allclose(row, image, atol=1e-6)]
+    assert sorted(partners) == sorted(partners.values()) == sorted(ids)
+    assert all(id != other for id, other in partners.items())
 
 
 def test_the_ablation_is_the_same_for_any_batch_size_and_its_correct_losses_are_those_of_the_examples(world):
