@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw, ImageFile, ImageOps
 from common import write_atomic
 
 MAX_PIXELS = 64_000_000                                # about 8,000 x 8,000; PIL's limit only warns below twice 89 M
-IMAGE_FORMATS = ('PNG', 'JPEG', 'MPO', 'WEBP', 'GIF', 'BMP', 'TIFF')   # MPO: JPEGs of some phones
+IMAGE_FORMATS = ('PNG', 'JPEG', 'WEBP', 'GIF', 'BMP', 'TIFF')   # some phones' JPEGs are MPO; JPEG opens them
 ImageFile.LOAD_TRUNCATED_IMAGES = False
 
 # -----------------------------------------------------------------------------

@@ -119,6 +119,13 @@ def test_a_decompression_bomb_is_refused_before_it_is_decoded(tmp_path, side):
     one_line(e.value, tmp_path / 'bomb.png', 'pixels')
 
 
+@pytest.mark.parametrize('format', ['PNG', 'JPEG', 'MPO', 'WEBP', 'GIF', 'BMP', 'TIFF'])
+def test_a_picture_of_every_format_is_read_whatever_its_name(tmp_path, format):
+    others = {'save_all': True, 'append_images': [Image.new('RGB', (8, 8), WHITE)]} if format == 'MPO' else {}
+    Image.new('RGB', (8, 8), (90, 90, 90)).save(tmp_path / 'a.png', format, **others)
+    assert abs(read_image(tmp_path / 'a.png', 8).astype(int) - 90).max() <= 2
+
+
 def test_transparent_pixels_are_laid_on_white(tmp_path):
     path = save(tmp_path / 'a.png', [[(255, 0, 0, 255), (0, 0, 0, 0)], [(0, 0, 0, 128), (0, 0, 255, 255)]])
     assert colours(path, 2) == ([RED, WHITE], [RED, (127, 127, 127)])          # 255 * (255 - 128) / 255 = 127
