@@ -4,19 +4,29 @@ Media: pictures and sounds from files of the field, read to their end, and the s
 import io
 import json
 import math
+import mmap
+import os
+import re
+import stat
 import textwrap
 import warnings
 from pathlib import Path
 
 import numpy as np
 import soxr
-from PIL import Image, ImageDraw, ImageFile, ImageOps
+from PIL import ExifTags, Image, ImageDraw, ImageFile, PngImagePlugin
 
-from common import write_atomic
+from common import first_line, write_atomic
 
 MAX_PIXELS = 64_000_000                                # about 8,000 x 8,000; PIL's limit only warns below twice 89 M
+MAX_IMAGE_BYTES = 8 * MAX_PIXELS                       # as many as 16-bit RGBA takes: some formats are read whole
 IMAGE_FORMATS = ('PNG', 'JPEG', 'WEBP', 'GIF', 'BMP', 'TIFF')   # some phones' JPEGs are MPO; JPEG opens them
 ImageFile.LOAD_TRUNCATED_IMAGES = False
+PngImagePlugin.MAX_TEXT_CHUNK = 2**26                  # a text or colour profile, unpacked; PIL ends at 1 MiB
+PngImagePlugin.MAX_TEXT_MEMORY = 2**28
+SOUND_FORMATS = ('WAV', 'WAVEX', 'RF64', 'W64', 'AIFF', 'AU', 'CAF', 'FLAC', 'OGG', 'MP3')   # a cut one is noticed
+MAX_RATE = 4_000_000                                   # a header that says more is damaged
+SIZE_SLACK = 64                                        # bytes that a size may be off: some count their header twice
 
 # -----------------------------------------------------------------------------
 # samples that cannot be used
@@ -34,6 +44,9 @@ class BadSamples:
         self.limit = max_bad_samples
         self.active = active
         self.keys = set()
+        self.noted = set()                             # lines of the run that this one resumes
+        if active and self.path.exists():
+            self.noted = set(self.path.read_text().splitlines())
 
     def add(self, id, reason, key=None):
         """Enter a sample, once. key tells samples of one id apart."""
@@ -45,9 +58,23 @@ class BadSamples:
         if len(self.keys) > self.limit:
             raise SystemExit(f'{reason}; fix or remove it, or set max_bad_samples above {self.limit} '
                              'to skip such samples')
-        if self.active:
+        line = json.dumps({'id': id, 'reason': str(reason)})
+        if self.active and line not in self.noted:
             with open(self.path, 'a') as f:
-                f.write(json.dumps({'id': id, 'reason': str(reason)}) + '\n')
+                f.write(line + '\n')
+
+
+def require_file(path, kind):
+    """Bytes of a file; raises BadSample for what is none: a pipe would be waited for, a device has no end."""
+    try:
+        status = os.stat(path)
+    except FileNotFoundError:
+        raise BadSample(f'{path}: no such {kind}')
+    except (OSError, ValueError) as e:                 # ValueError: a NUL in the name
+        raise BadSample(f'{path}: not a whole {kind} ({first_line(e)})')
+    if not stat.S_ISREG(status.st_mode):
+        raise BadSample(f'{path}: not a whole {kind} (it is no file)')
+    return status.st_size
 
 
 # -----------------------------------------------------------------------------
@@ -57,9 +84,12 @@ class BadSamples:
 def read_image(path, size, resample=3):
     """Picture file -> uint8 (3, size, size), RGB, upright, resized as the tower's processor does.
 
-    EXIF rotation is applied; transparency is laid on white; palettes and 16-bit gray are converted. The file is decoded
+    EXIF rotation is applied; transparency is laid on white; palettes and deep gray are converted. The file is decoded
     to its end, so a truncated one is noticed. Raises BadSample with one line.
     """
+    n_bytes = require_file(path, 'image')
+    if n_bytes > MAX_IMAGE_BYTES:
+        raise BadSample(f'{path}: {n_bytes:,} bytes, wanted at most {MAX_IMAGE_BYTES:,}')
     try:
         with warnings.catch_warnings():
             warnings.simplefilter('ignore', Image.DecompressionBombWarning)
@@ -74,25 +104,63 @@ def read_image(path, size, resample=3):
                 image = upright_rgb(image)
                 if image.size != (size, size):
                     image = image.resize((size, size), Image.Resampling(resample))
-    except FileNotFoundError:
-        raise BadSample(f'{path}: no such image')
     except Exception as e:                             # decoders fail in as many ways as files are damaged
-        raise BadSample(f'{path}: not a whole image ({e})')
+        raise BadSample(f'{path}: not a whole image ({first_line(e)})')
     return np.asarray(image).transpose(2, 0, 1).copy()                                          # (3, size, size)
+
+
+# what PIL's exif_transpose does, which also writes the EXIF anew, and fails where it cannot
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 def upright_rgb(image):
     """A PIL picture of any mode -> RGB, rotated as its EXIF says, transparency on white."""
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith('I') or image.mode == 'F':    # PIL's own convert would clip 16-bit gray at 255
-        gray = np.asarray(image).astype(np.float64)
-        if image.mode.startswith('I;16') or gray.max() > 255:
-            gray = gray / 257
-        image = Image.fromarray(gray.clip(0, 255).round().astype(np.uint8))
+    try:
+        turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
+    except Exception:                                  # no EXIF that can be read, in as many ways
+        turn = None
+    if image.mode.startswith('I') or image.mode == 'F':
+        image = Image.fromarray(gray_to_8_bits(image))
     if image.mode in ('RGBA', 'LA', 'PA') or 'transparency' in image.info:
         white = Image.new('RGBA', image.size, 'white')
         image = Image.alpha_composite(white, image.convert('RGBA'))
-    return image.convert('RGB')
+    image = image.convert('RGB')
+    return image if turn is None else image.transpose(turn)
+
+
+def gray_to_8_bits(image):
+    """Gray of 12, 16 or 32 bits or floats -> uint8 (H, W); PIL's own convert would clip it at 255.
+
+    White is the end of the range that the header names, or of a smaller one into which all values fit: cameras leave
+    12 bits in 16, programs 8 bits in 32. Floats end at 1, or hold whole numbers.
+    """
+    tags = getattr(image, 'tag_v2', {})                # of a TIFF; a PNG has 16 bits
+    is_signed = tags.get(339, (1,))[0] == 2            # SampleFormat
+    full = 2 ** (tags.get(258, (16,))[0] - is_signed) - 1              # BitsPerSample
+    gray = np.asarray(image)
+    if image.mode == 'I' and full == 2**32 - 1:        # PIL keeps them as signed numbers
+        gray = gray.view(np.uint32)
+    gray = gray.astype(np.float32)
+    if not np.isfinite(gray).all():
+        raise ValueError('NaN or infinity in its pixels')
+    smaller = {'I': (255, 4095, 65535), 'F': (1, 255, 4095, 65535)}.get(image.mode, (4095,))
+    overshoot = 1.25 if image.mode == 'F' else 1       # what sharpening leaves above white is white
+    fitting = [white for white in smaller if white < full and gray.max() <= white * overshoot]
+    white = min(fitting, default=full)
+    scaled = gray.clip(0, white) * (255 / white)
+    if tags.get(262) == 0:                             # WhiteIsZero, which PIL obeys up to 8 bits only
+        scaled = 255 - scaled
+    if 'transparency' in image.info:
+        scaled[gray == image.info['transparency']] = 255
+    return scaled.round().astype(np.uint8)
 
 
 def write_picture(path, image):
@@ -134,46 +202,123 @@ def write_sound(path, wave, rate):
 
 
 def read_audio(path, sample_rate, clip_samples):
-    """WAV, FLAC or OGG file -> float32 (n,), mono, at sample_rate, n <= clip_samples; what follows is not read.
+    """File of one of SOUND_FORMATS -> float32 (n,), mono, at sample_rate, n <= clip_samples; of what follows only the
+    end is looked at.
 
     Channels are averaged, whole numbers come as [-1, 1], other rates are resampled. Raises BadSample with one line for
     a file that is absent, truncated, no sound, empty, silent in the clip, or holds NaN or infinity.
     """
     import soundfile
+    n_bytes = require_file(path, 'sound')
     try:
-        check_wav_size(path)
-        with soundfile.SoundFile(path) as f:
+        check_before_opening(path, n_bytes)
+        with soundfile.SoundFile(with_size(path)) as f:
             rate = f.samplerate
+            if f.format not in SOUND_FORMATS:
+                raise BadSample(f'{path}: {f.format}, wanted one of {", ".join(SOUND_FORMATS)}')
+            if rate > MAX_RATE:
+                raise BadSample(f'{path}: {rate:,} samples a second, wanted at most {MAX_RATE:,}')
+            check_log(path, n_bytes, f.extra_info)
             wanted = math.ceil(clip_samples * rate / sample_rate)
             if rate != sample_rate:
-                wanted += rate // 10                   # a tenth of a second on: what the resampler's filter reaches
+                wanted += max(rate // 10, 400)         # as far as the resampler's filter reaches
             wanted = min(f.frames, wanted)
+            f.seekable = lambda: False                 # or it seeks after reading: an error where the end is not known
             wave = f.read(wanted, dtype='float32', always_2d=True)                              # (n, channels)
-    except FileNotFoundError:
-        raise BadSample(f'{path}: no such sound')
-    except (OSError, soundfile.SoundFileError) as e:
-        raise BadSample(f'{path}: not a whole sound ({str(e).splitlines()[0]})')
-    if len(wave) < wanted:
-        raise BadSample(f'{path}: truncated, {len(wave)} samples where there should be {wanted}')
-    if not len(wave):
-        raise BadSample(f'{path}: holds no sample')
+            if f.frames < 2**62:                       # FLAC from a pipe does not know
+                if len(wave) < wanted:
+                    raise BadSample(f'{path}: truncated, {len(wave)} samples where there should be {wanted}')
+                if f.format == 'FLAC':
+                    check_last_sample(path, f)
+    except Exception as e:                             # decoders fail in as many ways as files are damaged
+        raise BadSample(f'{path}: not a whole sound ({first_line(e)})')
     if not np.isfinite(wave).all():
         raise BadSample(f'{path}: NaN or infinity in the samples')
     wave = resample(wave.mean(1), rate, sample_rate)[:clip_samples]
+    if not len(wave):
+        raise BadSample(f'{path}: holds no sample')
     if not np.abs(wave).max() > 1e-4:                  # 80 dB below full scale: not even 8-bit noise
         raise BadSample(f'{path}: silent in its first {clip_samples / sample_rate:g} s')
     return wave
 
 
-def check_wav_size(path):
-    """Raise BadSample for a WAV file shorter than its header declares: libsndfile takes what is there for all."""
+# libsndfile takes what is there for all; whether that is so is looked up here
+
+
+def check_before_opening(path, n_bytes):
+    """Raise BadSample for an Ogg or MP3 file whose end is missing."""
     with open(path, 'rb') as f:
-        head = f.read(12)
-        size = f.seek(0, 2)
-    declared_size = int.from_bytes(head[4:8], 'little') + 8
-    is_wav = head[:4] == b'RIFF' and head[8:] == b'WAVE'
-    if is_wav and 8 < declared_size < 2 ** 32 and declared_size > size:
-        raise BadSample(f'{path}: truncated, {size} bytes of {declared_size}')
+        head = f.read(10)
+        if head[:4] == b'OggS':
+            f.seek(max(0, n_bytes - 2**17))            # two of the longest pages
+            if not ends_with_last_page(f.read()):
+                raise BadSample(f'{path}: truncated, it does not end with a last page')
+            return
+        start = 0
+        if head[:3] == b'ID3':                         # 7 bits a byte
+            start = 10 + (head[6] << 21 | head[7] << 14 | head[8] << 7 | head[9])
+        f.seek(start)
+        frame = f.read(200)
+    tag = re.search(rb'^\xff.{8,40}(?:Xing|Info)\0\0\0(.)', frame, re.DOTALL)
+    flags = tag[1][0] if tag else 0
+    if flags & 2:                                      # it says its size, after the number of its frames
+        position = tag.end() + 4 * (flags & 1)
+        declared = start + int.from_bytes(frame[position:position + 4])
+        if declared > n_bytes + SIZE_SLACK:
+            raise BadSample(f'{path}: truncated, {n_bytes} bytes of {declared}')
+
+
+def ends_with_last_page(tail):
+    """Whether the end of an Ogg file holds its last page, marked as such and whole."""
+    page = tail[max(tail.rfind(b'OggS'), 0):]
+    if len(page) < 27:
+        return False
+    n_segments = page[26]
+    return bool(page[5] & 4) and len(page) >= 27 + n_segments + sum(page[27:27 + n_segments])
+
+
+def with_size(path):
+    """The path; for a WAV from a pipe, whose header does not know how much data follows, its content with a size."""
+    with open(path, 'rb') as f:
+        head = f.read(4096)
+        at = head.find(b'data')
+        if head[:4] == b'RF64':
+            has_no_size = head[28:36] in (bytes(8), b'\xff' * 8)
+        else:
+            has_no_size = head[:4] == b'RIFF' and head[at + 4:at + 8] == bytes(4) and head[at + 8:at + 12] != b'LIST'
+        if at < 0 or not has_no_size:
+            return path
+        content = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_COPY)    # only what is read comes into memory
+    content[:4] = b'RIFF'
+    size = min(len(content) - at - 8, 2**32 - 1) // 2 * 2              # no odd byte, nothing behind the end
+    content[at + 4:at + 8] = size.to_bytes(4, 'little')
+    return content
+
+
+LOGGED_SIZE = re.compile(r'^ *(?:riff|riff size|form|ssnd|data|data size) *: (\d+) \(should be (\d+)\)', re.M | re.I)
+
+
+def check_log(path, n_bytes, log):
+    """Raise BadSample where libsndfile has noted that a file is shorter than its header says."""
+    for groups in LOGGED_SIZE.findall(log):
+        declared, found = map(int, groups)
+        n_missing = declared - found
+        # into a pipe, where the size is not known yet, programs write something near 2 or 4 GiB
+        is_unknown = declared > 2**30 and (declared + 2**24) % 2**31 < 2**25
+        if n_missing > SIZE_SLACK and not is_unknown:
+            raise BadSample(f'{path}: truncated, {n_bytes} bytes of {n_bytes + n_missing}')
+
+
+def check_last_sample(path, f):
+    """Raise BadSample when an open FLAC file ends before its last sample; finding it takes a few reads."""
+    import soundfile
+    try:
+        f.seek(f.frames - 1)
+        is_there = len(f.read(1)) == 1
+    except soundfile.SoundFileError:
+        is_there = False
+    if f.frames and not is_there:
+        raise BadSample(f'{path}: truncated, its last of {f.frames} samples is missing')
 
 
 def resample(wave, have, want):

@@ -1,6 +1,9 @@
 """media.py: pictures and sounds as they are in the field, damaged ones among them, against values by hand."""
+import io
 import json
+import os
 import struct
+import threading
 import zlib
 
 import numpy as np
@@ -30,6 +33,41 @@ def test_bad_samples_are_noted_once_each_up_to_the_limit(tmp_path):
     one_line(e.value, 'another b: why; fix or remove it, or set max_bad_samples above 2 to skip such samples')
 
 
+def test_a_resumed_run_notes_no_sample_twice(tmp_path):
+    for _ in range(2):
+        bad_samples = BadSamples(tmp_path / 'bad.jsonl', 3)
+        bad_samples.add('a', 'a: why')
+    bad_samples.add('b', 'b: why')
+    lines = [json.loads(line) for line in (tmp_path / 'bad.jsonl').read_text().splitlines()]
+    assert [line['id'] for line in lines] == ['a', 'b']
+
+
+def through_pipe(path, content):
+    """A pipe at this path, in which the content waits for every reader."""
+    def feed():
+        while True:
+            try:
+                path.write_bytes(content)
+            except BrokenPipeError:                    # a reader that did not want it all
+                pass
+    os.mkfifo(path)
+    threading.Thread(target=feed, daemon=True).start()
+
+
+@pytest.mark.parametrize('make, says', [
+    (lambda path, content: through_pipe(path, content), 'no file'), (lambda path, content: path.mkdir(), 'no file'),
+    (lambda path, content: path.symlink_to('/dev/zero'), 'no file'),
+    (lambda path, content: path.touch(), 'not a whole'),
+    (lambda path, content: path.symlink_to('nowhere'), 'no such'),
+    (lambda path, content: path.symlink_to(path), 'Too many levels of symbolic links')])
+@pytest.mark.parametrize('kind', ['picture', 'sound'])
+def test_a_pipe_a_folder_or_a_device_is_no_picture_and_no_sound(tmp_path, make, says, kind):
+    make(tmp_path / 'a', png(np.zeros((8, 8), np.uint8)) if kind == 'picture' else sound('WAV', TONE))
+    with pytest.raises(BadSample) as e:
+        read_image(tmp_path / 'a', 8) if kind == 'picture' else read_audio(tmp_path / 'a', 16_000, 16_000)
+    one_line(e.value, tmp_path / 'a', says)
+
+
 # -----------------------------------------------------------------------------
 # pictures
 
@@ -45,12 +83,38 @@ def save(path, array, **named):
     return path
 
 
+def chunk(name, body):
+    return struct.pack('>I', len(body)) + name + body + struct.pack('>I', zlib.crc32(name + body))
+
+
+def png(gray, *chunks):
+    """A PNG of uint8 or uint16 (H, W), with more chunks."""
+    depth = 8 * gray.dtype.itemsize
+    rows = b''.join(b'\0' + row.astype(gray.dtype.newbyteorder('>')).tobytes() for row in gray)
+    header = chunk(b'IHDR', struct.pack('>IIBBBBB', *gray.shape[::-1], depth, 0, 0, 0, 0))
+    return (b'\x89PNG\r\n\x1a\n' + header + b''.join(chunks) + chunk(b'IDAT', zlib.compress(rows))
+            + chunk(b'IEND', b''))
+
+
 def png_header(width, height):
     """A PNG that claims a size and holds next to nothing."""
-    def chunk(name, body):
-        return struct.pack('>I', len(body)) + name + body + struct.pack('>I', zlib.crc32(name + body))
-    return (b'\x89PNG\r\n\x1a\n' + chunk(b'IHDR', struct.pack('>IIBBBBB', width, height, 8, 2, 0, 0, 0))
-            + chunk(b'IDAT', zlib.compress(bytes(100))) + chunk(b'IEND', b''))
+    return png(np.zeros((1, 1), np.uint8)).replace(
+        chunk(b'IHDR', struct.pack('>IIBBBBB', 1, 1, 8, 0, 0, 0, 0)),
+        chunk(b'IHDR', struct.pack('>IIBBBBB', width, height, 8, 0, 0, 0, 0)))
+
+
+def tiff(gray, order='<', **tags):
+    """A TIFF of numbers (H, W); tags: t262=0 and the like."""
+    body = gray.astype(gray.dtype.newbyteorder(order)).tobytes()
+    kind = {'u': 1, 'i': 2, 'f': 3}[gray.dtype.kind]
+    entries = {256: gray.shape[1], 257: gray.shape[0], 258: 8 * gray.dtype.itemsize, 259: 1, 262: 1, 273: 8, 277: 1,
+               278: gray.shape[0], 279: len(body), 339: kind}
+    entries.update({int(name[1:]): value for name, value in tags.items()})
+    head = b'II*\0' if order == '<' else b'MM\0*'
+    directory = struct.pack(order + 'H', len(entries))
+    for tag, value in sorted(entries.items()):
+        directory += struct.pack(order + 'HHIHH', tag, 3, 1, value, 0)
+    return head + struct.pack(order + 'I', 8 + len(body)) + body + directory + bytes(4)
 
 
 def noise():
@@ -67,7 +131,7 @@ def cut_jpeg(path):
 
 @pytest.mark.parametrize('make, says', [
     (cut_jpeg, 'not a whole image'), (lambda path: path.write_text('a dot'), 'not a whole image'),
-    (lambda path: path.mkdir(), 'not a whole image'), (lambda path: None, 'no such image')])
+    (lambda path: None, 'no such image')])
 def test_what_is_no_whole_picture_is_refused_in_one_line(make, says, tmp_path):
     make(tmp_path / 'a')
     with pytest.raises(BadSample) as e:
@@ -100,15 +164,29 @@ def test_no_flipped_byte_of_a_png_changes_pixels_unseen(tmp_path):
     assert refused > 0.9 * len(raw)
 
 
-def test_a_jpeg_with_damaged_exif_gives_its_pixels_or_one_line(tmp_path):
-    width_as_text = struct.pack('<HHI4s', 256, 2, 1, b'x\0\0\0')
-    turned = struct.pack('<HHIHH', 274, 3, 1, 6, 0)
-    exif = b'Exif\0\0II*\0' + struct.pack('<IH', 8, 2) + turned + width_as_text + bytes(4)
-    Image.new('RGB', (8, 8), RED).save(tmp_path / 'a.jpg', exif=exif)
-    try:
-        assert read_image(tmp_path / 'a.jpg', 8).shape == (3, 8, 8)
-    except BadSample as e:
-        one_line(e, tmp_path / 'a.jpg')
+TURNED = struct.pack('<HHIHH', 274, 3, 1, 6, 0)          # clockwise
+
+
+def exif(*entries):
+    return b'Exif\0\0II*\0' + struct.pack('<IH', 8, len(entries)) + b''.join(entries) + bytes(12)
+
+
+@pytest.mark.parametrize('format', ['PNG', 'JPEG', 'WEBP'])
+@pytest.mark.parametrize('damaged, is_turned', [
+    (exif(TURNED, struct.pack('<HHI4s', 256, 2, 1, b'x')), True),              # a text as width: Pillow cannot write it
+    (exif(struct.pack('<HHIi', 258, 9, 1, -5), TURNED), True),                 # nor a negative number of bits
+    (exif(struct.pack('<HHII', 271, 2, 1000, 60_000), TURNED), True),          # beyond the end
+    (exif(TURNED, struct.pack('<HHII', 0x8769, 4, 1, 50_000)), True),          # a directory that is not there
+    (b'Exif\0\0garbage!', False), (b'Exif\0\0II*\0', False), (b'Exif\0\0II*\0\x08\0\0\0\xff\xff', False)])
+@pytest.mark.filterwarnings('ignore::UserWarning')     # of Pillow, about the EXIF
+def test_damaged_exif_does_not_matter_and_its_rotation_is_obeyed_if_readable(tmp_path, format, damaged, is_turned):
+    named = {'quality': 95} if format == 'JPEG' else {'lossless': True} if format == 'WEBP' else {}
+    halves = np.zeros((16, 16, 3), np.uint8)
+    halves[:, :8] = 200                                # the left half is bright; turned, the upper one
+    save(tmp_path / 'a', halves, format=format, exif=damaged, **named)
+    pixels = read_image(tmp_path / 'a', 16)[0].astype(int)
+    wanted = halves[..., 0].T if is_turned else halves[..., 0]
+    assert abs(pixels - wanted).max() <= 4
 
 
 @pytest.mark.parametrize('side', [8_001, 60_000])      # PIL lets the first pass and stops the second
@@ -142,9 +220,68 @@ def test_a_palette_picture_gives_its_colours(tmp_path, transparency, middle, las
     assert colours(tmp_path / 'a.png', 3)[0] == [RED, middle, last]
 
 
-def test_sixteen_bit_gray_is_scaled_and_not_clipped(tmp_path):
-    Image.fromarray(np.array([[0, 257], [200 * 257, 65535]], np.uint16)).save(tmp_path / 'a.png')
-    assert read_image(tmp_path / 'a.png', 2)[1].tolist() == [[0, 1], [200, 255]]
+GRAY = np.arange(256).reshape(16, 16)
+
+
+def gray(white, kind):
+    """GRAY with white in place of 255."""
+    return (GRAY * (white / 255)).astype(kind)
+
+
+def as_12_bits(values):
+    """uint16 below 4096, packed two to three bytes, as a TIFF has them."""
+    first, second = values.astype(np.uint16).reshape(-1, 2).T
+    packed = np.stack([first >> 4, (first & 15) << 4 | second >> 8, second & 255], 1)
+    return packed.astype(np.uint8).reshape(len(values), -1)
+
+
+@pytest.mark.parametrize('content', [
+    png(gray(65535, 'u2')), png(gray(4095, 'u2')), tiff(gray(65535, 'u2')), tiff(gray(65535, 'u2'), '>'),
+    tiff(gray(4095, 'u2')), tiff(gray(4095, 'u2'), '>'), tiff(as_12_bits(gray(4095, 'u2')), t256=16, t258=12),
+    tiff(gray(65535, 'u2')[::-1, ::-1], t262=0),       # white is zero
+    tiff(gray(32767, 'i2')), tiff(gray(2**31 - 1, 'i4'), '>'), tiff(gray(2**32 - 1, 'u4')), tiff(gray(65535, 'i4')),
+    tiff(gray(4095, 'i4')), tiff(gray(255, 'u4')), tiff(gray(1, 'f4')), tiff(gray(1, 'f4'), '>'),
+    tiff(gray(255, 'f4')), tiff(gray(65535, 'f4'))])
+def test_gray_of_more_than_8_bits_keeps_its_brightness(tmp_path, content):
+    (tmp_path / 'a').write_bytes(content)
+    pixels = read_image(tmp_path / 'a', 16)
+    assert abs(pixels - GRAY).max() <= 1 and pixels.std(0).max() == 0
+
+
+@pytest.mark.parametrize('content, value', [
+    (png(np.array([[0, 257], [200 * 257, 65535]], np.uint16)), [[0, 1], [200, 255]]),
+    (png(np.array([[0, 999], [200 * 257, 65535]], np.uint16), chunk(b'tRNS', struct.pack('>H', 999))),
+     [[0, 255], [200, 255]]),                          # the transparent one is laid on white
+    (tiff(np.array([[0, 0.25], [0.5, 0.5]], np.float32)), [[0, 64], [128, 128]]),
+    (tiff(np.array([[0, -0.25], [1, 1.2]], np.float32)), [[0, 0], [255, 255]]),
+    (tiff(np.zeros((2, 2), np.int32)), [[0, 0], [0, 0]])])
+def test_deep_gray_by_hand(tmp_path, content, value):
+    (tmp_path / 'a').write_bytes(content)
+    assert read_image(tmp_path / 'a', 2)[1].tolist() == value
+
+
+TEXT = np.random.default_rng(0).bytes(2**20).hex().encode()            # 2 MiB, which do not pack to nothing
+
+
+@pytest.mark.parametrize('extra', [
+    chunk(b'tEXt', b'k\0' + TEXT), chunk(b'zTXt', b'k\0\0' + zlib.compress(TEXT)),
+    chunk(b'iTXt', b'k\0\1\0\0\0' + zlib.compress(TEXT)), chunk(b'iCCP', b'k\0\0' + zlib.compress(TEXT)),
+    b''.join(chunk(b'tEXt', b'%d\0' % n + TEXT) for n in range(40))])
+def test_a_png_with_much_text_or_a_large_profile_is_whole(tmp_path, extra):
+    (tmp_path / 'a.png').write_bytes(png(GRAY.astype(np.uint8), extra))
+    assert np.array_equal(read_image(tmp_path / 'a.png', 16)[0], GRAY)
+
+
+@pytest.mark.parametrize('make', [
+    lambda f: f.write(b''), lambda f: f.write(png(GRAY.astype(np.uint8))[:33] + b'\x7f\xff\xff\xf0tEXt'),
+    lambda f: Image.new('RGB', (8, 8)).save(f, 'WEBP')])
+def test_a_picture_of_2_gib_is_not_read(tmp_path, make):
+    with open(tmp_path / 'a.png', 'wb') as f:
+        make(f)
+        f.truncate(2**31)
+    with pytest.raises(BadSample) as e:
+        read_image(tmp_path / 'a.png', 8)
+    one_line(e.value, tmp_path / 'a.png', '2,147,483,648 bytes, wanted at most 512,000,000')
 
 
 @pytest.mark.parametrize('orientation, top, left', [
@@ -180,6 +317,13 @@ def tone(rate, pitch=440):
 def write(path, wave, rate=16_000, **named):
     soundfile.write(path, wave, rate, **named)
     return path
+
+
+def sound(format, wave, rate=16_000, subtype=None):
+    """The bytes of a sound file."""
+    content = io.BytesIO()
+    soundfile.write(content, wave, rate, format=format, subtype=subtype)
+    return content.getvalue()
 
 
 @pytest.mark.parametrize('ending, subtype, tolerance', [
@@ -221,8 +365,75 @@ def test_the_clip_is_the_start_of_the_whole_and_of_a_long_file_only_that_is_read
     assert len(asked) == 1 and asked[0] < 50_000
 
 
+@pytest.mark.parametrize('rate', [1, 7, 11_127, 15_991, 192_001, 999_983, 2**22, 2**31 - 1, 2**32 - 1])
+@pytest.mark.parametrize('want', [16_000, 24_000])
+def test_any_rate_of_a_header_gives_its_sound_or_one_line(tmp_path, rate, want):
+    content = sound('WAV', TONE)
+    (tmp_path / 'a.wav').write_bytes(content[:24] + struct.pack('<I', rate) + content[28:])
+    if rate > 4_000_000:
+        with pytest.raises(BadSample) as e:
+            read_audio(tmp_path / 'a.wav', want, want)
+        one_line(e.value, tmp_path / 'a.wav')
+        return
+    wave = read_audio(tmp_path / 'a.wav', want, want)
+    assert wave.dtype == np.float32 and abs(len(wave) - min(want, len(TONE) * want / rate)) <= 1
+
+
+NOISE = np.random.default_rng(0).uniform(-0.5, 0.5, 48_000).astype(np.float32)
+KINDS = [('WAV', 'PCM_16'), ('WAVEX', 'PCM_16'), ('RF64', 'PCM_16'), ('W64', 'PCM_16'), ('AIFF', 'PCM_16'),
+         ('AU', 'PCM_16'), ('CAF', 'PCM_16'), ('FLAC', 'PCM_16'), ('MP3', 'MPEG_LAYER_III'), ('OGG', 'VORBIS'),
+         ('OGG', 'OPUS')]
+
+
+@pytest.mark.parametrize('format, subtype', KINDS)
+def test_a_sound_whose_end_is_missing_is_noticed_also_behind_the_clip(tmp_path, format, subtype):
+    content = sound(format, NOISE, subtype=subtype)
+    path = tmp_path / 'a'
+    path.write_bytes(content)
+    assert read_audio(path, 16_000, 16_000).shape == (16_000,)
+    n_bytes = [len(content) // 2, len(content) - 200]
+    if format == 'OGG':
+        path.write_bytes(content + bytes(128))         # what taggers leave behind the end is not its business
+        assert read_audio(path, 16_000, 16_000).shape == (16_000,)
+        n_bytes += [content.rindex(b'OggS'), content.rindex(b'OggS') + 20, len(content) - 1]
+    for n in n_bytes:
+        path.write_bytes(content[:n])
+        with pytest.raises(BadSample) as e:
+            read_audio(path, 16_000, 16_000)
+        one_line(e.value, path, 'not a whole sound' if format == 'CAF' and n == n_bytes[0] else 'truncated')
+
+
+@pytest.mark.parametrize('riff, data', [
+    (0, 0), (36, 0), (96_036, 0), (0xffffffff, 0), (0x7fffffff, 0x7fffffff), (0xffffffff, 0xffffffff), (0, 0x7fffffff),
+    (0x7ffff024, 0x7ffff000), (0x80000024, 0x80000000),                        # of SoX and arecord
+    (96_044, 96_000), (96_036, 96_008), (96_037, 96_001), (96_080, 96_044), (0, 96_000)])
+def test_a_wav_from_a_pipe_or_a_few_bytes_off_is_whole(tmp_path, riff, data):
+    content = sound('WAV', NOISE)
+    sizes = [content[:4], struct.pack('<I', riff), content[8:40], struct.pack('<I', data), content[44:]]
+    (tmp_path / 'a.wav').write_bytes(b''.join(sizes))
+    (tmp_path / 'whole.wav').write_bytes(content)
+    wave = read_audio(tmp_path / 'a.wav', 16_000, 64_000)
+    assert np.array_equal(wave, read_audio(tmp_path / 'whole.wav', 16_000, 64_000)) and len(wave) == 48_000
+
+
+@pytest.mark.parametrize('n', [16_000, 48_000])        # as long as the clip, and longer
+def test_other_sounds_from_a_pipe_are_whole_as_well(tmp_path, n):
+    flac = bytearray(sound('FLAC', NOISE[:n]))
+    flac[22:26] = bytes(4)                             # the number of its samples
+    rf64 = bytearray(sound('RF64', NOISE[:n]))
+    rf64[20:44] = bytes(24)                            # three sizes
+    for content in flac, rf64:
+        (tmp_path / 'a').write_bytes(content)
+        assert abs(read_audio(tmp_path / 'a', 16_000, 32_000) - NOISE[:min(n, 32_000)]).max() < 1e-4
+
+
 def cut(path, wave, n_bytes, **named):
     path.write_bytes(write(path, wave, **named).read_bytes()[:n_bytes])
+
+
+def of_no_sample():
+    content = sound('WAV', TONE)
+    return content[:4] + bytes(4) + content[8:40] + bytes(4)
 
 
 @pytest.mark.parametrize('damage, says', [
@@ -232,6 +443,9 @@ def cut(path, wave, n_bytes, **named):
     (lambda path: write(path, 0 * TONE), 'silent in its first 1 s'),
     (lambda path: write(path, np.where(np.arange(16_000) == 99, np.nan, TONE), subtype='FLOAT'), 'NaN or infinity'),
     (lambda path: path.write_text('no sound'), 'not a whole sound'),
+    (lambda path: path.write_bytes(sound('VOC', TONE)), 'VOC, wanted one of WAV'),
+    (lambda path: path.write_bytes(of_no_sample()), 'holds no sample'),
+    (lambda path: path.write_bytes(of_no_sample() + b'LIST' + bytes([96, 0, 0, 0]) + bytes(96)), 'holds no sample'),
     (lambda path: None, 'no such sound')])
 def test_a_bad_sound_is_refused_in_one_line(tmp_path, damage, says):
     damage(tmp_path / 'a.wav')
