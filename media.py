@@ -100,8 +100,7 @@ def read_image(path, size, resample=3):
                 if image.format == 'PNG':
                     image.verify()                     # the checksums, which decoding leaves out ...
             with Image.open(path, formats=IMAGE_FORMATS) as image:
-                image.load()                           # ... and the whole picture, which verify leaves out
-                image = upright_rgb(image)
+                image = upright_rgb(image)             # ... and the whole picture, which verify leaves out
                 if image.size != (size, size):
                     image = image.resize((size, size), Image.Resampling(resample))
     except Exception as e:                             # decoders fail in as many ways as files are damaged
@@ -123,6 +122,7 @@ TURNS = {
 
 def upright_rgb(image):
     """A PIL picture of any mode -> RGB, rotated as its EXIF says, transparency on white."""
+    image.load()                                       # PIL turns a TIFF here, which then says that it is upright
     try:
         turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
     except Exception:                                  # no EXIF that can be read, in as many ways
@@ -242,7 +242,7 @@ def read_audio(path, sample_rate, clip_samples):
     return wave
 
 
-# libsndfile takes what is there for all; whether that is so is looked up here
+# libsndfile takes what is there of a file for all of it: the following look whether its end is there
 
 
 def check_before_opening(path, n_bytes):

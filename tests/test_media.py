@@ -12,7 +12,7 @@ import soundfile
 from PIL import Image
 from test_data import one_line
 
-from media import BadSample, BadSamples, contact_sheet, read_audio, read_image, resample
+from media import BadSample, BadSamples, contact_sheet, read_audio, read_image, resample, upright_rgb
 
 RED = (255, 0, 0)
 GREEN = (0, 255, 0)
@@ -301,6 +301,15 @@ def test_the_contact_sheet_shows_pictures_as_the_model_sees_them(tmp_path):
         assert sheet.size == (2 * 24, 2 * 114)         # 8 more for each side, six lines of 15 below
         assert [sheet.getpixel(place) for place in ((12, 12), (36, 12), (12, 126))] == [(40, 40, 40)] * 3
         assert sheet.getpixel((36, 126)) == WHITE
+
+
+@pytest.mark.parametrize('format', ['TIFF', 'PNG'])
+def test_a_turned_picture_is_turned_once(tmp_path, format):
+    tags = Image.Exif()
+    tags[0x0112] = 6
+    save(tmp_path / 'a', [[RED, BLUE]] * 2, format=format, exif=tags)
+    with Image.open(tmp_path / 'a') as image:          # not loaded yet
+        assert [upright_rgb(image).getpixel(place) for place in ((0, 0), (1, 0), (0, 1))] == [RED, RED, BLUE]
 
 
 # -----------------------------------------------------------------------------

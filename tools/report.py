@@ -20,12 +20,12 @@ import numpy as np
 import soundfile
 from matplotlib import rc_context
 from matplotlib.figure import Figure                   # not pyplot: it would obey the MPLBACKEND of a notebook
-from PIL import Image, ImageOps
+from PIL import Image
 
 from common import sha256_file, write_atomic
 from gates import WORTH, read_verdict, read_worth, verdict_files  # noqa: F401  the template has them too
 from lists import read_llava
-from media import IMAGE_FORMATS, MAX_PIXELS, BadSamples
+from media import IMAGE_FORMATS, MAX_PIXELS, BadSamples, upright_rgb
 from shards import read_manifest
 
 STAGES = ['a1', 'a11', 'a2', 'b1', 'b2', 'b3', 'b4', 'other']   # other: a folder with gates
@@ -153,7 +153,7 @@ def picture(image, side=256):
     if image.width * image.height > MAX_PIXELS:
         raise ValueError('too large')
     kind = 'png' if max(image.size) <= side else 'jpeg'   # a small one stays as it is, to the pixel
-    image = ImageOps.exif_transpose(image).convert('RGB')
+    image = upright_rgb(image)
     image.thumbnail((side, side))
     buffer = io.BytesIO()
     image.save(buffer, kind, quality=80)
