@@ -38,6 +38,7 @@ from shards import (
     SPLITS, Caption, CaptionedMedia, Medium, load_shard, read_index, read_manifest, read_shards, read_sound_folder,
     token_example, write_shard)
 from uti import TASKS, UTI, Grammar, TokenSpace
+from watch import wait_at_most
 
 # -----------------------------------------------------------------------------
 # settings; override any with a config file or --key=value
@@ -70,6 +71,7 @@ n_checked = 64                 # files of each modality that are decoded, and en
 device = 'auto'
 batch_size = 32                # files encoded at once: memory and speed only, the ids stay the same
 workers = 4                    # threads that read media files
+timeout = 120.0                # minutes that a rank waits for another one: longer than a shard takes
 config = configure(globals(), required=('audit_dir', 'llm'))
 # -----------------------------------------------------------------------------
 
@@ -77,6 +79,8 @@ config = configure(globals(), required=('audit_dir', 'llm'))
 for name in 'shard_media', 'batch_size', 'workers':
     if config[name] < 1:
         raise SystemExit(f'{name} = {config[name]}: wanted at least 1')
+if not timeout > 0:
+    raise SystemExit(f'timeout = {timeout}: wanted more than 0')
 rank, world_size, device = init_ranks(device)
 out = Path(out_dir)
 if rank == 0:
@@ -325,7 +329,8 @@ finished = gather_in_order([is_finished(name) for name in names[rank::world_size
 missing = [name for name, is_there in zip(names, finished) if not is_there]
 # ends the run as soon as a rank has met too many; bad_samples.jsonl is written in the end, from all shards
 too_many = BadSamples(out / 'bad_samples.jsonl', max_bad_samples, active=False)
-too_many.keys |= bad_samples.keys
+too_many.entries |= bad_samples.entries
+wait_at_most(timeout)                                  # until here a day: every file had to be read
 n_made_media = 0
 n_made_captions = 0
 start = time.time()
@@ -340,7 +345,7 @@ n_made_captions = int(all_sum(n_made_captions))
 # -----------------------------------------------------------------------------
 # the index: the same on every machine and for any number of starts
 
-NOT_IN_INDEX = 'date', 'device', 'out_dir', 'batch_size', 'workers'    # of provenance and settings
+NOT_IN_INDEX = 'date', 'device', 'out_dir', 'batch_size', 'workers', 'timeout'    # of provenance and settings
 
 
 def entry(side):

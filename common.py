@@ -2,10 +2,12 @@
 What every script shares and what has one right answer: ranks, seeds, whole files, checkpoints that survive a kill, and
 the run: its lock, its log, its meter, its progress, its gradients.
 """
+import errno
 import hashlib
 import json
 import math
 import os
+import pickle
 import platform
 import random
 import shutil
@@ -14,6 +16,7 @@ import sys
 import tempfile
 import time
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +25,8 @@ import torch.distributed as dist
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from tqdm import tqdm
+
+from watch import WATCH
 
 # -----------------------------------------------------------------------------
 # ranks. One convention: `if rank == 0` guards files and prints, never a collective
@@ -47,7 +52,9 @@ def init_ranks(device='auto'):
             device = f'cuda:{local_rank}'
         torch.cuda.set_device(device)
     if world_size > 1 and not dist.is_initialized():
-        dist.init_process_group('nccl' if kind == 'cuda' else 'gloo')
+        # torch's own timeout is out of the way: NCCL's ten minutes would end a run whose first rank reads every picture
+        dist.init_process_group('nccl' if kind == 'cuda' else 'gloo', timeout=timedelta(minutes=WATCH.minutes))
+        WATCH.start()
     return int(os.environ.get('RANK', 0)), world_size, torch.device(device)
 
 
@@ -78,8 +85,9 @@ def all_sum(value):
         return float(value)
     device = 'cuda' if dist.get_backend() == 'nccl' else 'cpu'
     total = torch.tensor(float(value), dtype=torch.float64, device=device)   # float32 would round counts above 2^24
-    dist.all_reduce(total)
-    return total.item()
+    with WATCH.collective():
+        dist.all_reduce(total)
+        return total.item()
 
 
 def all_gather(obj):
@@ -87,8 +95,17 @@ def all_gather(obj):
     if not dist.is_initialized():
         return [obj]
     objs = [None] * dist.get_world_size()              # torch fills it
-    dist.all_gather_object(objs, obj)
+    with WATCH.collective():
+        dist.all_gather_object(objs, obj)
     return objs
+
+
+def on_rank_0(function, *args, **named):
+    """function(*args, **named), which rank 0 alone calls; the same on every rank."""
+    result = None
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        result = function(*args, **named)
+    return all_gather(result)[0]
 
 
 def gather_in_order(results):
@@ -101,6 +118,24 @@ def gather_in_order(results):
 def in_parts(items, size):
     """[items[:size], items[size:2 * size], ...]"""
     return [items[i:i + size] for i in range(0, len(items), size)]
+
+
+BETWEEN_BATCHES = []                                   # what every rank calls there; of StopSignal
+
+
+def rank_parts(items, size, rank, world_size):
+    """This rank's items of an evaluation, items[rank::world_size], in parts that a stop can come between."""
+    return stoppable_parts(items[rank::world_size], size, most=math.ceil(len(items) / world_size))
+
+
+def stoppable_parts(mine, size, most):
+    """Items in parts. Between two of them a run that was asked to stop ends: on every rank at once, and so each asks
+    equally often. most: as many as any rank has."""
+    for first in range(0, most, size):
+        for ask in BETWEEN_BATCHES:
+            ask()
+        if first < len(mine):
+            yield mine[first:first + size]
 
 
 def barrier():
@@ -120,9 +155,11 @@ def reduce_gradients(parameters):
         gradient = torch.zeros_like(p) if p.grad is None else p.grad
         pieces.append(gradient.flatten())
     flat = torch.cat(pieces)                           # one message: many small ones wait for each other
-    dist.all_reduce(flat)
-    had_gradient, *pieces = flat.split([len(piece) for piece in pieces])
-    for p, piece, had_any in zip(parameters, pieces, had_gradient.tolist()):
+    with WATCH.collective():
+        dist.all_reduce(flat)
+        had_gradient, *pieces = flat.split([len(piece) for piece in pieces])
+        had_gradient = had_gradient.tolist()
+    for p, piece, had_any in zip(parameters, pieces, had_gradient):
         p.grad = piece.view_as(p) if had_any else None   # none on any rank: none, as on a single rank
 
 
@@ -165,14 +202,23 @@ def first_line(e):
     return (str(e).strip() or type(e).__name__).splitlines()[0]
 
 
+def hint_of(e):
+    """What to do about a failure to write."""
+    number = getattr(e, 'errno', None)
+    if number in (errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENOTEMPTY):
+        return 'something else is in its place'
+    if number in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return 'name another folder'
+    return 'is the disk full?'
+
+
 @contextmanager
 def one_line_io_errors(path):
     """A full disk, or a folder that is not ours, ends the run with one line that names what was to be written."""
     try:
         yield
     except (OSError, SafetensorError) as e:
-        hint = 'name another folder' if isinstance(e, PermissionError) else 'is the disk full?'
-        raise SystemExit(f'{path}: cannot write here, {hint} ({str(e).splitlines()[0]})')
+        raise SystemExit(f'{path}: cannot write here, {hint_of(e)} ({first_line(e)})')
 
 
 def flush_folder(folder):
@@ -265,6 +311,11 @@ def whole_folder(folder):
 # checkpoints
 
 
+def beside_of(folder):
+    """Where a checkpoint is written before it takes its place: hidden, X.tmp may be a user's own."""
+    return folder.with_name(f'.{folder.name}.tmp')
+
+
 def save_checkpoint(folder, tensors, meta):
     """Write `folder`/{meta.json, <name>.pt ...} with a sha256 manifest; the one that was there becomes `folder`.prev.
 
@@ -272,11 +323,12 @@ def save_checkpoint(folder, tensors, meta):
     renamed: a kill at any moment leaves a whole checkpoint.
     """
     folder = Path(folder)
-    beside = folder.with_name(folder.name + '.tmp')
-    previous = folder.with_name(folder.name + '.prev')
-    shutil.rmtree(beside, ignore_errors=True)          # what a kill left half
-    beside.mkdir(parents=True)
+    beside = beside_of(folder)
     try:
+        if corruption_of(beside) is None:              # what a kill has kept from its place: it may be the newest
+            put_in_place(beside, folder)
+        shutil.rmtree(beside, ignore_errors=True)      # what a kill left half
+        beside.mkdir(parents=True)
         for name, value in tensors.items():
             torch.save(value, beside / f'{name}.pt')
         (beside / 'meta.json').write_text(json.dumps(meta, indent=1))
@@ -284,12 +336,17 @@ def save_checkpoint(folder, tensors, meta):
         manifest = {path.name: sha256_file(path) for path in sorted(beside.iterdir())}
         (beside / 'manifest.json').write_text(json.dumps(manifest, indent=1))
         flush_files(beside)
+        put_in_place(beside, folder)
     except (OSError, RuntimeError) as e:               # torch's writer has its own words for a full disk
-        shutil.rmtree(beside, ignore_errors=True)
+        if corruption_of(beside) is not None:
+            shutil.rmtree(beside, ignore_errors=True)
         before = 'the one before it is whole' if has_checkpoint(folder) else 'there is none before it'
-        raise SystemExit(f'{folder}: cannot write this checkpoint, is the disk full? ({str(e).splitlines()[0]}); '
-                         f'{before}')
-    # at any moment of these moves one of the three folders is a whole checkpoint: load_checkpoint looks at each
+        raise SystemExit(f'{folder}: cannot write this checkpoint, {hint_of(e)} ({first_line(e)}); {before}')
+
+
+def put_in_place(beside, folder):
+    """At any moment of this one of the three folders is a whole checkpoint: load_checkpoint looks at each."""
+    previous = folder.with_name(folder.name + '.prev')
     if folder.exists():
         shutil.rmtree(previous, ignore_errors=True)
         os.replace(folder, previous)
@@ -301,12 +358,30 @@ def corruption_of(folder):
     """What is wrong with the checkpoint in this folder, or None."""
     try:
         manifest = json.loads((folder / 'manifest.json').read_text())
+        if not isinstance(manifest, dict) or 'meta.json' not in manifest:
+            return 'its manifest does not name the files of a checkpoint'
         for name, sha256 in manifest.items():
             if sha256_file(folder / name) != sha256:
                 return f'sha256 of {name} differs from the manifest'
-    except (OSError, ValueError) as e:
-        return str(e)
+    except (OSError, ValueError, RecursionError) as e:
+        return first_line(e)
     return None
+
+
+def read_checkpoint(folder, map_location):
+    """(tensors, meta) of a checkpoint of which corruption_of finds nothing; a ValueError says what is no checkpoint."""
+    tensors = {}
+    for name in json.loads((folder / 'manifest.json').read_text()):
+        if name.endswith('.pt'):
+            try:
+                # tensors only: the code in a pickle is not run
+                tensors[name.removesuffix('.pt')] = torch.load(folder / name, map_location, weights_only=True)
+            except (pickle.UnpicklingError, RuntimeError, EOFError) as e:
+                raise ValueError(f'{name} is no file of tensors ({first_line(e)})')
+    meta = json.loads((folder / 'meta.json').read_text())
+    if not isinstance(meta, dict):
+        raise ValueError('meta.json says nothing about a checkpoint')
+    return tensors, meta
 
 
 def load_checkpoint(folder, map_location='cpu'):
@@ -315,32 +390,41 @@ def load_checkpoint(folder, map_location='cpu'):
     Raises SystemExit when neither is whole.
     """
     folder = Path(folder)
-    beside = folder.with_name(folder.name + '.tmp')
     candidates = [folder, folder.with_name(folder.name + '.prev')]
-    if beside.exists():                                # killed between the two renames: it is whole
-        candidates.append(beside)
+    if corruption_of(beside_of(folder)) is None:       # killed before it was in its place: the newest
+        candidates.insert(0, beside_of(folder))
     if not any(candidate.exists() for candidate in candidates):
         raise SystemExit(f'{folder}: no checkpoint here; is this the out dir of a run, and has it saved one?')
     problems = []
     for candidate in candidates:
-        wrong = corruption_of(candidate)
-        if wrong is None:
-            if problems:                               # not in silence: the steps since then are lost
-                print(f'{problems[0]}: using {candidate}', file=sys.stderr)
-            tensors = {}
-            for path in candidate.glob('*.pt'):
-                tensors[path.stem] = torch.load(path, map_location=map_location, weights_only=True)
-            return tensors, json.loads((candidate / 'meta.json').read_text()), candidate
-        problems.append(f'{candidate}: {wrong}')
+        problem = corruption_of(candidate)
+        try:
+            if problem is None:
+                tensors, meta = read_checkpoint(candidate, map_location)
+                if problems:                           # not in silence: the steps since then are lost
+                    print(f'{problems[0]}: using {candidate}', file=sys.stderr)
+                return tensors, meta, candidate
+        except ValueError as e:
+            problem = e
+        problems.append(f'{candidate}: {problem}')
     raise SystemExit('no whole checkpoint: ' + '; '.join(problems))
 
 
 def has_checkpoint(folder):
-    return Path(folder).exists() or Path(f'{folder}.prev').exists()
+    folder = Path(folder)
+    return folder.exists() or Path(f'{folder}.prev').exists() or corruption_of(beside_of(folder)) is None
 
 
 # -----------------------------------------------------------------------------
 # one writer per folder, and what ran on what
+
+
+def new_figure(width, height):
+    """A matplotlib Figure for a file. No pyplot: it chooses a backend; and a wrong one in MPLBACKEND, which a notebook
+    leaves behind, breaks the import of matplotlib."""
+    os.environ.pop('MPLBACKEND', None)
+    from matplotlib.figure import Figure
+    return Figure(figsize=(width, height), layout='constrained')
 
 
 def lock_run(out_dir):

@@ -141,6 +141,7 @@ def answer_starts(example):
 # held-out sets
 
 HASH_DIGITS = 12                                       # of a sample in split.json, 8 MB for LLaVA's 665,000
+N_LOOKED_AT = 64                                       # images whose bytes a resume compares: all would take too long
 ANEW = 'remove the file to choose anew, and train anew'
 
 
@@ -187,9 +188,26 @@ def sample_hashes(examples):
     return ''.join(sample_hash(example.item) for example in examples)
 
 
-def data_fingerprint(examples):
-    """One sha256 over examples of chats, captions and texts, as a checkpoint keeps it."""
-    return hashlib.sha256(sample_hashes(examples).encode()).hexdigest()
+def data_fingerprint(examples, split_path):
+    """{name: what tells it from another}, as a checkpoint keeps it, of examples and the split of them: their number,
+    N_LOOKED_AT of them with the bytes of their images, and all of them as the split knows them."""
+    hashes = read_split(split_path)['fingerprint']     # of these examples: choose_split has looked
+    n_looked_at = min(N_LOOKED_AT, len(examples))
+    found = {'the number of samples': len(examples)}
+    for k in sorted(np.random.default_rng(0).choice(len(examples), n_looked_at, replace=False).tolist()):
+        item = examples[k].item
+        try:
+            key = media_key(item)
+        except BadSample:
+            key = 'unreadable'
+        found[f'sample {item.id!r}'] = f'{hashes[HASH_DIGITS * k:HASH_DIGITS * (k + 1)]} {key[:HASH_DIGITS]}'
+    found['all samples'] = hashlib.sha256(hashes.encode()).hexdigest()[:HASH_DIGITS]
+    return found
+
+
+def files_fingerprint(**paths):
+    """The same of files, by the names of their settings; '' is no file."""
+    return {name: sha256_file(path)[:HASH_DIGITS] for name, path in paths.items() if path}
 
 
 def bucket_of(n_labels, edges):
@@ -220,9 +238,11 @@ def choose_split(examples, n_eval, n_golden, bucket_edges, path, bad_samples, re
     """
     settings = {'n_eval': n_eval, 'n_golden': n_golden, 'bucket_edges': list(bucket_edges)}
     if Path(path).exists():
-        for name, had in read_split(path)['settings'].items():
+        chosen = read_split(path)
+        for name, had in chosen['settings'].items():
             if settings.get(name) != had:
                 raise SystemExit(f'{path} was chosen with {name} = {had}, this run has {settings.get(name)}: {ANEW}')
+        require_same_data(chosen, examples, path)
         return
     keys = media_keys(examples, bad_samples)
     edges = list(bucket_edges) or label_thirds(examples)
@@ -297,7 +317,6 @@ def load_split(examples, path, n_eval):
     """(train, eval, golden, bucket edges), three lists of examples, as choose_split wrote it. Exits when it was chosen
     from other data."""
     chosen = read_split(path)
-    require_same_data(chosen, examples, path)
     by_id = {example.item.id: example for example in examples}
     held_out = set(chosen['held_out'])
     train_set = [example for example in examples if example.item.id not in held_out]

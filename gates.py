@@ -21,7 +21,7 @@ from typing import NamedTuple
 import numpy as np
 
 import grounding
-from common import write_atomic
+from common import new_figure, write_atomic
 
 
 # What a stage is worth: of the loss under another input, the share that the right one removes; recall@1 of the right
@@ -340,7 +340,7 @@ def read_verdict(path):
         for gate in record['gates']:
             verdicts.append(Gate(str(gate['name']), float(gate['value']), str(gate['bar']), bool(gate['passed'])))
         return verdicts, bool(record['passed'])
-    except (OSError, ValueError, KeyError, TypeError) as e:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as e:
         return [Gate(f'{path.name} is whole', math.nan, f'not damaged ({type(e).__name__}: {e})', False)], False
 
 
@@ -375,11 +375,10 @@ def report_card(folder):
 def curves(log, png, conditions=('noise', 'zero', 'shuffled', 'correct'), tasks=('',)):
     """Draw a training log: the loss, that on held-out items under each condition, and for each task how often the right
     input and output are found by their likelihood."""
-    from matplotlib.figure import Figure               # no pyplot: it would choose a backend, a notebook's for example
     records = [json.loads(line) for line in Path(log).read_text().splitlines()]
     steps = [record for record in records if record['kind'] == 'step']
     evals = [record for record in records if record['kind'] == 'eval']
-    figure = Figure(figsize=(15, 4), layout='constrained')
+    figure = new_figure(15, 4)
     left, middle, right = figure.subplots(1, 3)
     left.plot([record['step'] for record in steps], [record['window_loss'] for record in steps])
     left.set(title='training loss', xlabel='step', ylabel='nats per label')

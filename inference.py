@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from transformers.cache_utils import DynamicCache
 
-from common import all_gather, all_sum, gather_in_order, in_parts, sha256_file, write_atomic
+from common import (
+    all_gather, all_sum, gather_in_order, in_parts, rank_parts, sha256_file, stoppable_parts, write_atomic)
 from data import ChatTemplate, answer_starts, collate, length_buckets
 from grounding import Said, retrieval, share_removed
 from lists import Item
@@ -60,16 +61,17 @@ def image_ablation(vlm, loader, examples, batch_size, seed, rank=0, world_size=1
     vlm.eval()
     device = vlm.llm.device
     order = np.random.default_rng(seed).permutation(len(examples))     # each gets the image of the one before it
-    places = np.array_split(np.arange(len(examples)), world_size)[rank]
+    blocks = np.array_split(np.arange(len(examples)), world_size)
+    places = blocks[rank]
     mine = [order[place - 1] for place in places[:1]] + order[places].tolist()   # and the one before the first
     tokens = []                                        # (N, D) each: every image goes through the tower once
-    for part in in_parts(mine, batch_size):
+    for part in stoppable_parts(mine, batch_size, most=len(blocks[0]) + 1):
         tokens += vlm.image_tokens(loader.images([examples[i] for i in part]).to(device))
     # noise needs the moments of all real tokens, over every rank
     mean, std = token_moments([real[None] for real in tokens[1:]], vlm.llm.config.hidden_size, device)
 
     losses = {}                                        # {index of an example: its loss under each condition}
-    for part in in_parts(range(1, len(mine)), batch_size):
+    for part in stoppable_parts(range(1, len(mine)), batch_size, most=len(blocks[0])):
         part = sorted(part, key=lambda k: len(examples[mine[k]]), reverse=True)
         correct = torch.stack([tokens[k] for k in part])                                        # (B, N, D)
         # seeded by the example: the same noise for any batch size and number of ranks
@@ -105,7 +107,7 @@ def crossed_losses(vlm, loader, examples, sets, batch_size, rank=0, world_size=1
         images = [loader.images(part).to(device) for part in in_parts(chosen, batch_size)]
         tokens = torch.cat([vlm.image_tokens(part) for part in images])                         # (n, N, D)
         losses = []
-        for part in in_parts(range(rank, n * n, world_size), batch_size):
+        for part in rank_parts(range(n * n), batch_size, rank, world_size):
             texts = [chosen[k // n] for k in part]     # text by text: those of a batch are equally long
             batch = collate(texts, None, tokens.shape[1]).to(device)
             by_label = vlm.nll(batch, tokens[[k % n for k in part]]).double()                   # (M,)
@@ -233,7 +235,7 @@ def complete_examples(vlm, loader, prompts, batch_size, max_new_tokens, stop_ids
     """
     vlm.eval()
     outputs = []
-    for part in in_parts(prompts[rank::world_size], batch_size):
+    for part in rank_parts(prompts, batch_size, rank, world_size):
         embeds = []
         for example, length in part:
             image_tokens = None

@@ -16,7 +16,7 @@ import numpy as np
 import soxr
 from PIL import ExifTags, Image, ImageDraw, ImageFile, PngImagePlugin
 
-from common import first_line, write_atomic
+from common import all_gather, first_line, write_atomic
 
 MAX_PIXELS = 64_000_000                                # about 8,000 x 8,000; PIL's limit only warns below twice 89 M
 MAX_IMAGE_BYTES = 8 * MAX_PIXELS                       # as many as 16-bit RGBA takes: some formats are read whole
@@ -38,30 +38,58 @@ class BadSample(SystemExit):
 
 
 class BadSamples:
-    """Samples that were left out, and why: bad_samples.jsonl. More than max_bad_samples of them is an error."""
+    """Samples that were left out, and why: bad_samples.jsonl. More than max_bad_samples of them is an error.
+
+    What a run that goes on has listed before counts, and is not listed again. active: on rank 0, which writes the list.
+    """
     def __init__(self, path, max_bad_samples, active=True):
         self.path = Path(path)
         self.limit = max_bad_samples
         self.active = active
-        self.keys = set()
-        self.noted = set()                             # lines of the run that this one resumes
+        self.keys = set()                              # of what this rank has met
+        self.entries = set()                           # (id, reason) of all ranks, as far as they have been gathered
         if active and self.path.exists():
-            self.noted = set(self.path.read_text().splitlines())
+            for line in self.path.read_bytes().splitlines():
+                try:
+                    entry = json.loads(line)
+                    self.entries.add((entry['id'], entry['reason']))
+                except (ValueError, TypeError, KeyError):
+                    pass                               # a kill can leave half a line; it is met again
 
     def add(self, id, reason, key=None):
         """Enter a sample, once. key tells samples of one id apart."""
         if key is None:
             key = id
-        if key in self.keys:
+        entry = (id, str(reason))
+        if key in self.keys or entry in self.entries:
             return
         self.keys.add(key)
-        if len(self.keys) > self.limit:
+        self.entries.add(entry)
+        self.require_few(reason)
+        if self.active:
+            with open(self.path, 'a') as f:
+                f.write(json_line(entry))
+
+    def gather(self):
+        """The list of all ranks, on every rank. Between two calls each rank knows only of its own new ones."""
+        had = list(self.entries)                       # at once: the loader's thread may add some meanwhile
+        for part in all_gather(had):
+            self.entries.update(part)
+        everything = sorted(self.entries)              # the same list on any number of ranks
+        if everything:
+            self.require_few(everything[-1][1])
+            if self.active:
+                write_atomic(self.path, ''.join(json_line(entry) for entry in everything))
+
+    def require_few(self, reason):
+        if len(self.entries) > self.limit:
             raise SystemExit(f'{reason}; fix or remove it, or set max_bad_samples above {self.limit} '
                              'to skip such samples')
-        line = json.dumps({'id': id, 'reason': str(reason)})
-        if self.active and line not in self.noted:
-            with open(self.path, 'a') as f:
-                f.write(line + '\n')
+
+
+def json_line(entry):
+    id, reason = entry
+    return json.dumps({'id': id, 'reason': reason}) + '\n'
 
 
 def require_file(path, kind):

@@ -27,7 +27,7 @@ from PIL import Image
 from torch import nn
 from transformers import AddedToken, AutoModelForCausalLM, GenerationConfig
 
-from common import first_line, gather_in_order, in_parts, one_line_io_errors, write_atomic
+from common import first_line, gather_in_order, in_parts, one_line_io_errors, rank_parts, write_atomic
 from data import collate
 from grounding import Said
 from inference import Continuation, generate, pick, seeded_generators, sum_by_example
@@ -164,7 +164,7 @@ def example_sums(model, examples, batch_size, rank=0, world_size=1):
     """
     model.eval()
     sums = []                                          # of this rank's examples, two numbers each
-    for part in in_parts(examples[rank::world_size], batch_size):
+    for part in rank_parts(examples, batch_size, rank, world_size):
         batch = collate(part).to(model.llm.device)
         losses = model.nll(batch).double()                                                      # (M,)
         is_right = (losses < math.log(2)).double()     # -log p < log 2: p is above a half
@@ -336,7 +336,7 @@ def complete_task(model, grammar, task, examples, batch_size, max_new_tokens, te
     """
     model.eval()
     outputs = []
-    for part in in_parts(range(rank, len(examples), world_size), batch_size):
+    for part in rank_parts(range(len(examples)), batch_size, rank, world_size):
         records = [examples[i].item for i in part]
         if TASKS[task][1] == 'read':
             payloads = [record.payload for record in records]

@@ -23,19 +23,21 @@ from safetensors.torch import save_file
 
 import gates
 from common import (
-    Progress, all_sum, barrier, frozen_dtype, in_parts, init_ranks, load_checkpoint, provenance, reduce_gradients,
-    save_checkpoint, seed_everything, shutdown_ranks)
+    Progress, all_sum, barrier, frozen_dtype, init_ranks, load_checkpoint, on_rank_0, provenance, rank_parts,
+    reduce_gradients, save_checkpoint, seed_everything, shutdown_ranks)
 from configure import configure
-from data import ChatTemplate, Loader, ShuffledSampler, choose_split, image_reader, load_split
+from data import (
+    ChatTemplate, Loader, ShuffledSampler, choose_split, data_fingerprint, files_fingerprint, image_reader, load_split)
 from lists import read_llava, read_text_lines, read_texts
 from grounding import distinct, matching_sets, share_removed, shared_phrases
 from inference import ablation_means, caption_keys, crossed_losses, image_ablation, write_predictions
 from media import BadSamples, contact_sheet, read_image
 from model import cache_features, image_settings, load_tokenizer, load_vlm, lora
 from training import (
-    Log, Meter, StopSignal, check_resumable, clip_gradients, frozen_sha256, grad_norms, measure_epoch,
-    names_with_gradient, open_run, parameter_groups, require_positive, require_share, stop_if_eval_not_finite,
-    stop_if_not_finite, tensorboard_writer, write_status)
+    Log, Meter, StopSignal, check_resumable, check_same_data, clip_gradients, frozen_sha256, grad_norms,
+    measure_epoch, names_with_gradient, open_run, parameter_groups, require_positive, require_share,
+    stop_if_eval_not_finite, stop_if_not_finite, tensorboard_writer, write_status)
+from watch import wait_at_most
 
 # -----------------------------------------------------------------------------
 # settings; override any with a config file or --key=value
@@ -97,6 +99,7 @@ dtype = 'auto'                 # of frozen weights: bfloat16 where the device mu
 feature_cache = ''             # folder for the tower's features, each image once; '' runs the tower every step
 workers = 2                    # threads that decode images
 log_every = 20
+timeout = 30.0                 # minutes that a rank waits for another one after the first step; before it, a day
 tensorboard = False            # True: the log's numbers in out_dir/tensorboard too; needs the package tensorboard
 config = configure(globals(), required=('data_json', 'image_root', 'align_dir', 'text_jsonl'))
 # -----------------------------------------------------------------------------
@@ -104,7 +107,7 @@ config = configure(globals(), required=('data_json', 'image_root', 'align_dir', 
 # settings that cannot be meant end the run before anything is built
 require_positive(config, 'max_seq_len', 'micro_batch_size', 'global_batch_size', 'learning_rate', 'grad_clip', 'epochs',
                  'epoch_minutes', 'eval_every', 'n_eval', 'n_golden', 'max_new_tokens', 'log_every', 'workers',
-                 'n_text', 'n_retrieval', 'lora_r', 'lora_alpha', 'lora_learning_rate')
+                 'n_text', 'n_retrieval', 'lora_r', 'lora_alpha', 'lora_learning_rate', 'timeout')
 require_share(config, 'warmup_frac', 'min_lr_frac', 'gate_truncated', 'lora_dropout', 'replay_share')
 if replay_share == 1:
     raise SystemExit('replay_share = 1: wanted less, there have to be chats beside the replayed text')
@@ -142,6 +145,8 @@ if replay_jsonl:
     for k in picks:
         where, text = replay[k]
         train_set.append(template.text(text, where))
+data_seen = on_rank_0(data_fingerprint, examples, out / 'split.json')   # a resume has to see the same
+data_seen |= on_rank_0(files_fingerprint, text_jsonl=text_jsonl, replay_jsonl=replay_jsonl)
 
 # model: tower and language model are frozen, connector and LoRA learn
 model = load_vlm(**model_args, dtype=dtype, device=device)
@@ -170,11 +175,12 @@ peaks = {'connector.': learning_rate, 'llm.': lora_learning_rate}
 groups = parameter_groups(trainable, peaks, weight_decay)
 optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), fused=True)
 step = first_step = 0
-evaluated = False              # whether the log has the evaluation of first_step already
+evaluated = False              # whether the log has the evaluation of this step already
 with_gradient = set()          # names of what has had a gradient so far: everything trainable has to get there
 if resume:
     tensors, meta, used = load_checkpoint(out / 'ckpt', device)
     check_resumable(meta, config, frozen_before, used)
+    check_same_data(meta, data_seen, used)
     model.connector.load_state_dict(tensors['connector'])
     set_peft_model_state_dict(adapter, tensors['lora'])
     optimizer.load_state_dict(tensors['optimizer'])
@@ -228,7 +234,7 @@ def text_loss():
     """Mean loss in nats per label on plain text, without an image."""
     model.eval()
     nats = 0.0
-    for part in in_parts(text_set[rank::world_size], micro_batch_size):
+    for part in rank_parts(text_set, micro_batch_size, rank, world_size):
         batch = loader.collate(part)
         with torch.no_grad():
             nats += model(batch.to(device)).item()
@@ -243,6 +249,26 @@ def predict(examples, path):
                              max_new_tokens=max_new_tokens, rank=rank, world_size=world_size)
 
 
+def save(state):
+    """out/ckpt and status.json. On every rank."""
+    bad_samples.gather()
+    if rank == 0 and step > first_step:
+        tensors = {'connector': model.connector.state_dict(), 'lora': get_peft_model_state_dict(adapter),
+                   'optimizer': optimizer.state_dict()}
+        save_checkpoint(out / 'ckpt', tensors, {
+            'stage': 'a2', 'model': model_args, 'step': step, 'n_steps': n_steps, 'epoch_samples': epoch_samples,
+            'settings': config, 'frozen_sha256': frozen_before, 'with_gradient': sorted(with_gradient),
+            'evaluated': evaluated, 'data': data_seen})
+    if rank == 0:
+        write_status(out, state, step, n_steps)
+
+
+def leave_evaluation():
+    """What a signal in the middle of an evaluation does. On every rank."""
+    save('stopped')
+    stop.leave(step, saved=step > first_step or resume)
+
+
 # the loop
 log = Log(out / 'log.jsonl', step if resume else None, active=rank == 0, writer=board)
 if not resume:
@@ -251,6 +277,7 @@ if not resume:
               held_out={'eval': len(eval_set), 'golden': len(golden_set)}, **provenance())
 model.train()
 meter = Meter()
+stop.leave_evaluation = leave_evaluation
 progress = Progress(n_steps, 'a2', initial=step, active=rank == 0)
 batches_of_steps = loader.steps(sampler, step, n_steps, micro_batch_size, rank, world_size)
 while True:
@@ -258,31 +285,23 @@ while True:
     stopped = bool(stop)
     if step % eval_every == 0 or step == n_steps or stopped:
         meter.pause()
-        in_log = evaluated and step == first_step
-        if not stopped and not (in_log and step < n_steps):   # a finished run is judged again, and logged once
+        if not stopped and not (evaluated and step < n_steps):   # a finished run is judged again, and logged once
             losses, counts, crossed, means = evaluate(len(matching) if step == n_steps else 1)
             means['text'] = text_loss()
-            stop_if_eval_not_finite(step, means)
+            stop_if_eval_not_finite(step, means, out)
             said, captions = predict(golden_set, out / 'golden' / f'step_{step:06d}.jsonl')
             means['distinct'] = distinct([s.text for s in said])
-            if not in_log:
-                log.write('eval', step=step, **means)
             if rank == 0:
                 sheet = out / 'golden' / f'step_{step:06d}.png'
                 contact_sheet(sheet, [example.item.image for example in golden_set], captions)
+            if not evaluated:
+                log.write('eval', step=step, **means)
+            evaluated = True
             progress.write(f'step {step}: the right image removes {means["share_removed"]:.0%} of the loss, is found '
                            f'among 32 in {means["input_recall_1"]:.0%}; held-out loss {means["correct"]:.4f}, '
                            f'{means["shuffled"]:.4f} another one, {means["zero"]:.4f} zeros, '
                            f'{means["noise"]:.4f} noise; text {means["text"]:.4f}')
-        if rank == 0 and step > first_step:
-            tensors = {'connector': model.connector.state_dict(), 'lora': get_peft_model_state_dict(adapter),
-                       'optimizer': optimizer.state_dict()}
-            save_checkpoint(out / 'ckpt', tensors, {
-                'stage': 'a2', 'model': model_args, 'step': step, 'n_steps': n_steps, 'epoch_samples': epoch_samples,
-                'settings': config, 'frozen_sha256': frozen_before, 'with_gradient': sorted(with_gradient),
-                'evaluated': not stopped})
-        if rank == 0:
-            write_status(out, 'stopped' if stopped else 'running', step, n_steps)
+        save('stopped' if stopped else 'running')
         meter.go_on()
     if stopped:
         stop.leave(step, saved=step > first_step or resume)
@@ -299,12 +318,14 @@ while True:
 
     norms = grad_norms(trainable, norm_groups)
     grad_norm = math.hypot(*norms.values())
-    stop_if_not_finite(step, loss, grad_norm, batches)   # before the update: the last checkpoint stays good
+    stop_if_not_finite(step, loss, grad_norm, batches=batches, out=out)   # before the update
     with_gradient |= names_with_gradient(trainable, with_gradient)
     clip_gradients(trainable, grad_norm, grad_clip)
     optimizer.step()
     optimizer.zero_grad()
     step += 1
+    evaluated = False
+    wait_at_most(timeout)                              # longer until here, while data was prepared
     progress.update(loss=loss)
 
     meter.add(loss, n_labels, batches)

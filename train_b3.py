@@ -18,22 +18,23 @@ import torch
 
 import gates
 from common import (
-    Progress, all_sum, frozen_dtype, init_ranks, load_checkpoint, provenance, reduce_gradients, save_checkpoint,
-    seed_everything, shutdown_ranks)
+    Progress, all_sum, frozen_dtype, init_ranks, load_checkpoint, on_rank_0, provenance, reduce_gradients,
+    save_checkpoint, seed_everything, shutdown_ranks)
 from configure import configure
-from data import Loader
+from data import Loader, files_fingerprint
 from grounding import crossed_share, distinct, matching_sets, retrieval
 from model import load_tokenizer
 from shards import (
-    MixtureSampler, load_space, require_enough, task_shares, text_examples, token_sets)
+    MixtureSampler, load_space, require_enough, shards_fingerprint, task_shares, text_examples, token_sets)
 from token_model import (
     complete_task, crossed_losses, example_sums, export_difference, export_stock, load_token_model, matching_keys,
     random_media, said_of, save_new_rows, shuffled_media, text_difference, training_bytes, write_completions)
 from training import (
-    Log, Meter, StopSignal, check_resumable, clip_gradients, frozen_sha256, grad_norms, measure_epoch,
-    names_with_gradient, open_run, parameter_groups, require_positive, require_share, stop_if_eval_not_finite,
-    stop_if_not_finite, tensorboard_writer, write_status)
+    Log, Meter, StopSignal, check_resumable, check_same_data, clip_gradients, frozen_sha256, grad_norms,
+    measure_epoch, names_with_gradient, open_run, parameter_groups, require_positive, require_share,
+    stop_if_eval_not_finite, stop_if_not_finite, tensorboard_writer, write_status)
 from uti import TASKS, UTI, Grammar, TokenSpace
+from watch import wait_at_most
 
 # -----------------------------------------------------------------------------
 # settings; override any with a config file or --key=value
@@ -91,6 +92,7 @@ gate_malformed = 0.95          # ... and those of stammering, empty and cut ones
 device = 'auto'
 dtype = 'auto'                 # of frozen weights: bfloat16 where the device multiplies it; what learns is float32
 log_every = 20
+timeout = 30.0                 # minutes that a rank waits for another one after the first step; before it, a day
 tensorboard = False            # True: the log's numbers in out_dir/tensorboard too; needs the package tensorboard
 config = configure(globals(), required=('shards_dir', 'llm', 'text_jsonl'))
 # -----------------------------------------------------------------------------
@@ -98,7 +100,7 @@ config = configure(globals(), required=('shards_dir', 'llm', 'text_jsonl'))
 # settings that cannot be meant end the run before anything is built
 require_positive(config, 'max_seq_len', 'micro_batch_size', 'global_batch_size', 'learning_rate', 'grad_clip', 'epochs',
                  'epoch_minutes', 'eval_every', 'n_eval', 'n_golden', 'max_new_tokens', 'log_every', 'n_text',
-                 'n_retrieval')
+                 'n_retrieval', 'timeout')
 require_share(config, 'warmup_frac', 'min_lr_frac', 'gate_truncated')
 
 # ranks and the run's folder
@@ -122,6 +124,8 @@ matching = {}                  # {task: sets of eval items to tell apart}
 for task, examples in eval_sets.items():
     matching[task] = matching_sets(matching_keys(task, examples), n_retrieval, seed)
 text_set = text_examples(text_jsonl, tokenizer, max_seq_len, n_text)
+data_seen = on_rank_0(shards_fingerprint, shards_dir)   # a resume has to see the same
+data_seen |= on_rank_0(files_fingerprint, text_jsonl=text_jsonl)
 
 
 def shares_at(progress):
@@ -158,12 +162,13 @@ peaks = {'new_': learning_rate}
 groups = parameter_groups(trainable, peaks, weight_decay)
 optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), fused=True)
 step = first_step = 0
-evaluated = False              # whether the log has the evaluation of first_step already
+evaluated = False              # whether the log has the evaluation of this step already
 with_gradient = set()          # names of what has had a gradient so far: everything trainable has to get there
 if resume:
     tensors, meta, used = load_checkpoint(out / 'ckpt', device)
     check_resumable(meta, config, frozen_before, used)
     space.require(TokenSpace.of_fields(meta['token_space']), used)
+    check_same_data(meta, data_seen, used)
     model.load_new_rows_state(tensors['new_rows'], used)
     optimizer.load_state_dict(tensors['optimizer'])
     touched = tensors['touched']
@@ -257,6 +262,24 @@ def generate(task, examples, path, guidance):
     return outputs, decoded
 
 
+def save(state):
+    """out/ckpt and status.json. On every rank."""
+    if rank == 0 and step > first_step:
+        tensors = {'new_rows': model.new_rows_state(), 'touched': touched, 'optimizer': optimizer.state_dict()}
+        save_checkpoint(out / 'ckpt', tensors, {
+            'stage': 'b3', 'model': model_args, 'step': step, 'n_steps': n_steps, 'epoch_samples': epoch_samples,
+            'settings': config, 'frozen_sha256': frozen_before, 'with_gradient': sorted(with_gradient),
+            'evaluated': evaluated, 'data': data_seen, 'token_space': space.fields()})
+    if rank == 0:
+        write_status(out, state, step, n_steps)
+
+
+def leave_evaluation():
+    """What a signal in the middle of an evaluation does. On every rank."""
+    save('stopped')
+    stop.leave(step, saved=step > first_step or resume)
+
+
 # the loop
 log = Log(out / 'log.jsonl', step if resume else None, active=rank == 0, writer=board)
 if not resume:
@@ -265,6 +288,7 @@ if not resume:
               held_out={task: len(examples) for task, examples in eval_sets.items()}, **provenance())
 model.train()
 meter = Meter()
+stop.leave_evaluation = leave_evaluation
 progress = Progress(n_steps, 'b3', initial=step, active=rank == 0)
 batches_of_steps = loader.steps(sampler, step, n_steps, micro_batch_size, rank, world_size)
 while True:
@@ -272,26 +296,18 @@ while True:
     stopped = bool(stop)
     if step % eval_every == 0 or step == n_steps or stopped:
         meter.pause()
-        in_log = evaluated and step == first_step
-        if not stopped and not (in_log and step < n_steps):   # a finished run is judged again, and logged once
+        if not stopped and not (evaluated and step < n_steps):   # a finished run is judged again, and logged once
             losses, counts, crossed, means, rates = evaluate(at_end=step == n_steps)
-            stop_if_eval_not_finite(step, means)
-            if not in_log:
-                log.write('eval', step=step, **means, **rates)
+            stop_if_eval_not_finite(step, means, out)
             golden = {}
             for task, examples in golden_sets.items():
                 golden[task] = generate(task, examples, out / 'golden' / f'step_{step:06d}' / task, guidance)
+            if not evaluated:
+                log.write('eval', step=step, **means, **rates)
+            evaluated = True
             parts = [f'{name.removesuffix("_correct")} {mean:.4f}' for name, mean in means.items()]
             progress.write(f'step {step}: held-out loss {", ".join(parts)}')
-        if rank == 0 and step > first_step:
-            tensors = {'new_rows': model.new_rows_state(), 'touched': touched, 'optimizer': optimizer.state_dict()}
-            save_checkpoint(out / 'ckpt', tensors, {
-                'stage': 'b3', 'model': model_args, 'step': step, 'n_steps': n_steps, 'epoch_samples': epoch_samples,
-                'settings': config, 'frozen_sha256': frozen_before, 'with_gradient': sorted(with_gradient),
-                'evaluated': not stopped,
-                'token_space': space.fields()})
-        if rank == 0:
-            write_status(out, 'stopped' if stopped else 'running', step, n_steps)
+        save('stopped' if stopped else 'running')
         meter.go_on()
     if stopped:
         stop.leave(step, saved=step > first_step or resume)
@@ -308,7 +324,7 @@ while True:
 
     norms = grad_norms(trainable, norm_groups)
     grad_norm = math.hypot(*norms.values())
-    stop_if_not_finite(step, loss, grad_norm, batches)   # before the update: the last checkpoint stays good
+    stop_if_not_finite(step, loss, grad_norm, batches=batches, out=out)   # before the update
     with_gradient |= names_with_gradient(trainable, with_gradient)
     for name, p in trainable.items():
         if p.grad is not None:
@@ -317,6 +333,8 @@ while True:
     optimizer.step()
     optimizer.zero_grad()
     step += 1
+    evaluated = False
+    wait_at_most(timeout)                              # longer until here, while data was prepared
     progress.update(loss=loss)
 
     meter.add(loss, n_labels, batches)

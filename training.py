@@ -13,8 +13,8 @@ import numpy as np
 import torch
 
 from common import (
-    all_gather, all_sum, barrier, has_checkpoint, lock_run, one_line_io_errors, peak_memory_mb, sha256_tensors,
-    write_atomic)
+    BETWEEN_BATCHES, all_gather, all_sum, barrier, first_line, has_checkpoint, lock_run, on_rank_0, one_line_io_errors,
+    peak_memory_mb, sha256_tensors, write_atomic)
 
 # -----------------------------------------------------------------------------
 # a run: its folder, its status, going on with it, stopping it
@@ -27,34 +27,52 @@ def open_run(out_dir, resume, rank):
 
     Exits with one line when the folder holds a checkpoint and resume is False.
     """
+    out = Path(out_dir)
     if rank == 0:
         HELD_LOCKS.append(lock_run(out_dir))
     barrier()
-    out = Path(out_dir)
-    if has_checkpoint(out / 'ckpt') and not resume:
+    is_there = has_checkpoint(out / 'ckpt')
+    if is_there and not resume:
         raise SystemExit(f'{out_dir} holds a checkpoint: set resume = True to go on with it, or another out_dir')
-    return out, resume and has_checkpoint(out / 'ckpt')
+    if rank == 0 and not is_there and not (out / 'split.json').exists():
+        (out / 'bad_samples.jsonl').unlink(missing_ok=True)    # of a run that came to nothing: they are met anew
+    return out, is_there
 
 
 def write_status(out, state, step, n_steps):
-    """out/status.json. state: running, stopped or finished; torchrun's own exit status does not tell them apart."""
+    """out/status.json. state: running, stopped, diverged or finished; torchrun's own exit status does not tell them
+    apart."""
     write_atomic(out / 'status.json', json.dumps({'state': state, 'step': step, 'n_steps': n_steps}))
 
 
 class StopSignal:
-    """True once SIGTERM or Ctrl-C has come; the loop then saves and leaves. A second Ctrl-C ends at once."""
+    """True once SIGTERM or Ctrl-C has come; the loop then saves and leaves. A second Ctrl-C ends at once.
+
+    Before it is first asked there is nothing to save: a signal ends the run at once. Between two batches of an
+    evaluation it is asked too, and calls `leave_evaluation`, which saves and leaves.
+    """
     def __init__(self):
         self.name = ''
+        self.asked = False
+        self.leave_evaluation = None
         for sig in signal.SIGTERM, signal.SIGINT:      # a scheduler's, and Ctrl-C
             signal.signal(sig, self.note)
+        BETWEEN_BATCHES[:] = [self.between_batches]
 
     def note(self, number, frame):
         if self.name and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.name = signal.Signals(number).name        # only noted: the loop stops where it can save
+        if not self.asked:
+            self.leave(0, saved=False)
 
     def __bool__(self):                                # on every rank or on none: one rank's signal stops all
+        self.asked = True
         return all_sum(bool(self.name)) > 0
+
+    def between_batches(self):
+        if self.leave_evaluation is not None and self:
+            self.leave_evaluation()
 
     def leave(self, step, saved):
         """saved: whether there is a checkpoint of this step."""
@@ -67,7 +85,7 @@ class StopSignal:
 # what a resumed run may change: the machine it runs on, where its files are, and the bars of its gates
 FREE_ON_RESUME = {'resume', 'micro_batch_size', 'out_dir', 'device', 'feature_cache', 'workers', 'log_every',
                   'max_bad_samples', 'allow_failed_gates', 'epoch_samples', 'epoch_minutes', 'image_codec',
-                  'audio_codec', 'tensorboard'}
+                  'audio_codec', 'tensorboard', 'timeout'}
 
 
 def check_resumable(meta, settings, frozen_sha256, folder):
@@ -80,6 +98,14 @@ def check_resumable(meta, settings, frozen_sha256, folder):
     if meta['frozen_sha256'] != frozen_sha256:
         raise SystemExit(f'{folder} was trained on other frozen weights (sha256 {meta["frozen_sha256"][:12]}, '
                          f'this run has {frozen_sha256[:12]}): cannot resume')
+
+
+def check_same_data(meta, data, folder):
+    """And on the same data, {name of a part of it: what tells it from another}: the first that differs is named."""
+    for name, had in meta.get('data', {}).items():     # older checkpoints have none
+        if data.get(name) != had:
+            raise SystemExit(f'{folder} was trained on other data: {name} was {had}, is {data.get(name, "gone")} now: '
+                             'restore it, or train anew')
 
 
 # -----------------------------------------------------------------------------
@@ -120,8 +146,8 @@ class Log:
             self.board = writer(str(folder), purge_step=purge_step)
         kept = []
         if resume_step is not None and self.path.exists():
-            kept = [line for line in self.path.read_text().splitlines() if is_complete_line(line, resume_step)]
-        write_atomic(self.path, ''.join(line + '\n' for line in kept))
+            kept = lines_until(self.path, resume_step)
+        write_atomic(self.path, b''.join(kept))
 
     def write(self, kind, **record):
         if self.active:
@@ -134,12 +160,20 @@ class Log:
             self.board.flush()
 
 
-def is_complete_line(line, step):
-    """Is this log line whole, and not from after the step?"""
-    try:
-        return json.loads(line).get('step', 0) <= step
-    except ValueError:                                 # a kill can leave half a line at the end
-        return False
+def lines_until(path, step):
+    """The lines of a log whose records are not from after the step; exits with one line when one is damaged. A kill can
+    leave half a line at the end."""
+    kept = []
+    lines = path.read_bytes().splitlines(keepends=True)
+    for n, line in enumerate(lines, 1):
+        try:
+            record = json.loads(line)
+            if record['kind'] and record.get('step', 0) <= step:
+                kept.append(line.strip() + b'\n')
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as e:
+            if n < len(lines):
+                raise SystemExit(f'{path}:{n}: not a line of a log ({first_line(e)}); remove this line to go on')
+    return kept
 
 
 class Meter:
@@ -274,18 +308,20 @@ def clip_gradients(trainable, grad_norm, grad_clip):
     torch.nn.utils.clip_grads_with_norm_(trainable.values(), grad_clip, torch.tensor(grad_norm, dtype=torch.float64))
 
 
-def stop_if_eval_not_finite(step, means):
+def stop_if_eval_not_finite(step, means, out):
     """Before the checkpoint is saved: a model whose held-out loss is no number must not take a good one's place."""
     for name, mean in means.items():
         if not math.isfinite(mean):
+            on_rank_0(write_status, out, 'diverged', step, n_steps=None)
             raise SystemExit(f'step {step}: {name} on the held-out items is {mean}; stopped without saving, what was '
                              'saved before is good')
 
 
-def stop_if_not_finite(step, loss, grad_norm, batches):
+def stop_if_not_finite(step, loss, grad_norm, batches, out):
     """Before the update: NaN or infinity ends the run on every rank, and the line names the samples of the step."""
     if math.isfinite(loss + grad_norm):
         return
+    on_rank_0(write_status, out, 'diverged', step, n_steps=None)
     ids = []                                           # of all ranks: which one went wrong cannot be told here
     for part in all_gather([batch.ids for batch in batches]):
         for batch_ids in part:

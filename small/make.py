@@ -151,6 +151,11 @@ def ensure(*parts, root=ROOT):
             raise SystemExit(f'no part is called {part!r}: wanted some of {", ".join(PARTS)}')
     missing = missing_parts(parts, root)
     if missing:
+        there = next(folder for folder in (root, *root.parents) if folder.exists())
+        if not os.access(there, os.W_OK):              # a checkout that is read-only
+            raise SystemExit(f'{root}: {", ".join(missing)} of the small world cannot be made, {there} cannot be '
+                             'written; copy the repository to where you can write, or set the paths in a config of '
+                             'your own')
         seed = world_seed(root)
         for part in missing:
             if part in DATA:

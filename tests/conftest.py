@@ -46,6 +46,7 @@ def run_script(script, *args, ranks=1, **options):
 
 def run_here(script, *args):
     """Run a script in this process, from the repository's root; returns (exit status or message, what it printed)."""
+    from common import BETWEEN_BATCHES
     from training import HELD_LOCKS
     argv = sys.argv
     path = list(sys.path)
@@ -69,6 +70,7 @@ def run_here(script, *args):
         random.setstate(states[2])
         while HELD_LOCKS:
             HELD_LOCKS.pop().release()
+        BETWEEN_BATCHES.clear()
     return code, printed.getvalue()
 
 

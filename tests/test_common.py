@@ -19,8 +19,9 @@ import torch
 import common
 from common import (
     Progress, all_gather, all_sum, frozen_dtype, gather_in_order, has_checkpoint, in_parts, init_ranks, load_checkpoint,
-    lock_run, progress, read_sealed, reduce_gradients, require_vacant, save_checkpoint, seed_everything, sha256_tensors,
-    shutdown_ranks, whole_folder, write_atomic, write_sealed)
+    lock_run, on_rank_0, progress, rank_parts, read_sealed, reduce_gradients, require_vacant, save_checkpoint,
+    seed_everything, sha256_tensors, shutdown_ranks, whole_folder, write_atomic, write_sealed)
+from watch import wait_at_most
 
 
 def start(function, *args):
@@ -33,20 +34,24 @@ def start(function, *args):
     return process, hear
 
 
-def results_on_two_ranks(function):
-    """[what function(rank) returns on each of two gloo processes]."""
+def start_ranks(function, n=2):
+    """[(process, pipe)] of n gloo processes, each of which sends function(rank)."""
     with socket.socket() as s:
         s.bind(('127.0.0.1', 0))
         port = str(s.getsockname()[1])
 
     def run(rank, result):
-        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE='2', MASTER_ADDR='127.0.0.1',
+        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(n), MASTER_ADDR='127.0.0.1',
                           MASTER_PORT=port)
-        assert init_ranks('cpu') == (rank, 2, torch.device('cpu'))
+        assert init_ranks('cpu') == (rank, n, torch.device('cpu'))
         result.send(function(rank))
         shutdown_ranks()
-    ranks = [start(run, rank) for rank in range(2)]
-    return [hear.recv() for _, hear in ranks]          # EOFError if a rank has failed; its traceback is in the output
+    return [start(run, rank) for rank in range(n)]
+
+
+def results_on_two_ranks(function):
+    """[what function(rank) returns on each of two gloo processes]."""
+    return [hear.recv() for _, hear in start_ranks(function)]   # EOFError if a rank has failed; its traceback is shown
 
 
 def save(folder, step):
@@ -108,8 +113,27 @@ def test_a_checkpoint_comes_back_as_it_was_saved_and_keeps_the_one_before(tmp_pa
     assert load(folder.with_name('ckpt.prev')) == (1, 'ckpt.prev')
 
 
+class Evil:
+    def __reduce__(self):
+        return os.system, ('touch started',)
+
+
+def put_pickle(path):
+    """A pickle that starts a program, vouched for by the manifest."""
+    torch.save({'w': Evil()}, path)
+    manifest = json.loads((path.parent / 'manifest.json').read_text())
+    manifest[path.name] = common.sha256_file(path)
+    (path.parent / 'manifest.json').write_text(json.dumps(manifest))
+
+
+def put(text):
+    return lambda path: path.write_text(text)
+
+
 @pytest.mark.parametrize('name, harm', [
-    ('w.pt', flip), ('meta.json', flip), ('manifest.json', flip), ('w.pt', os.remove)])
+    ('w.pt', flip), ('meta.json', flip), ('manifest.json', flip), ('w.pt', os.remove), ('w.pt', put_pickle),
+    ('manifest.json', put('{}')), ('manifest.json', put('[]')), ('manifest.json', put('null')),
+    ('manifest.json', put('[' * 100_000)), ('manifest.json', put('{"meta.json": "", "a\\u0000": ""}'))])
 def test_a_damaged_checkpoint_falls_back_to_the_one_before_in_one_line(name, harm, tmp_path, capsys):
     folder = tmp_path / 'ckpt'
     save(folder, 1)
@@ -118,6 +142,24 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before_in_one_line(name, har
     assert load(folder) == (1, 'ckpt.prev')
     line = capsys.readouterr().err
     assert line.startswith(f'{folder}: ') and line.endswith(f': using {folder}.prev\n') and line.count('\n') == 1
+    assert not os.path.exists('started')
+
+
+def test_a_file_in_the_place_of_a_checkpoint_gets_one_line(tmp_path):
+    folder = tmp_path / 'ckpt'
+    folder.write_text('somebody wrote this')
+    assert has_checkpoint(folder) and refusal(load_checkpoint, folder).startswith(f'no whole checkpoint: {folder}: [')
+    (tmp_path / 'other').mkdir()
+    (tmp_path / 'other' / '.ckpt.tmp').write_text('')
+    line = refusal(save, tmp_path / 'other' / 'ckpt', 1)
+    assert 'cannot write this checkpoint, something else is in its place' in line and line.endswith('none before it')
+
+
+def test_a_save_leaves_a_users_own_files_alone(tmp_path):
+    (tmp_path / 'ckpt.tmp').mkdir()
+    (tmp_path / 'ckpt.tmp' / 'mine').write_text('1')
+    save(tmp_path / 'ckpt', 1)
+    assert (tmp_path / 'ckpt.tmp' / 'mine').read_text() == '1'
 
 
 def test_two_damaged_checkpoints_are_refused_in_one_line_that_names_both(tmp_path):
@@ -172,6 +214,7 @@ def save_and_die_at(call, folder, step, _):
 
 @pytest.mark.parametrize('damaged', [False, True])
 def test_a_kill_at_any_point_of_a_save_leaves_a_checkpoint_even_when_the_newest_was_damaged(damaged, tmp_path):
+    names = []
     for call in range(1, 100):
         folder = tmp_path / str(call) / 'ckpt'
         save(folder, 1)
@@ -180,11 +223,15 @@ def test_a_kill_at_any_point_of_a_save_leaves_a_checkpoint_even_when_the_newest_
             flip(folder / 'w.pt')
         process, _ = start(save_and_die_at, call, folder, 3)
         process.join()
-        step, _ = load(folder)
-        assert step in ((1, 3) if damaged else (2, 3))
+        step, name = load(folder)
+        assert step in ((1, 3) if damaged else (2, 3)) and has_checkpoint(folder)
+        names.append(name)
         if process.exitcode == 0:                      # the save had fewer calls than that: every one was tried
             break
-    assert step == 3 and call > 5
+        second, _ = start(save_and_die_at, 3, folder, 4)
+        second.join()
+        assert load(folder)[0] in (step, 4)            # what was whole beside its place is not lost by the next kill
+    assert (step, name) == (3, 'ckpt') and call > 5 and '.ckpt.tmp' in names
 
 
 def test_a_full_disk_ends_a_save_in_one_line_and_leaves_the_checkpoint_before_it(tmp_path):
@@ -360,6 +407,7 @@ def collectives(rank):
         'gathered': all_gather({'rank': rank, 'ids': 'ab'[:rank + 1]}),
         'in order': gather_in_order('abcde'[rank::2]),
         'few in order': gather_in_order('a'[rank::2]),
+        'of rank 0': on_rank_0([3, 1].index, [3, 1][rank]),
     }
 
 
@@ -369,7 +417,54 @@ def test_two_ranks_add_their_gradients_sum_in_float64_and_gather_in_order():
         assert found['gradients'] == ([[11.0, 22.0], [33.0, 44.0]], [5.0], None)
         assert found['sum'] == 16777219.5              # float32 has no such number
         assert found['gathered'] == [{'rank': 0, 'ids': 'a'}, {'rank': 1, 'ids': 'ab'}]
-        assert (found['in order'], found['few in order']) == (list('abcde'), ['a'])
+        assert (found['in order'], found['few in order'], found['of rank 0']) == (list('abcde'), ['a'], 0)
+
+
+@pytest.mark.parametrize('stopped', [0, 2])
+def test_a_rank_that_is_stopped_ends_the_others_in_a_line_that_names_it(stopped, capfd):
+    def wait(rank):
+        all_gather(rank)
+        wait_at_most(0.05)
+        if rank == stopped:
+            os.kill(os.getpid(), signal.SIGSTOP)
+        return all_sum(1)
+
+    ranks = start_ranks(wait, n=3)
+    for rank, (process, _) in enumerate(ranks):
+        if rank != stopped:
+            process.join(30)
+            assert process.exitcode == 1
+    ranks[stopped][0].kill()
+    lines = capfd.readouterr().err.splitlines()
+    said = [line for line in lines if 'has waited' in line]
+    # one that would have said so later finds the other one gone; torch's store may complain of that in its own lines
+    assert said and f'has waited 0.05 min for rank {stopped}: was it stopped' in said[0]
+    assert not any('Traceback' in line for line in lines)
+
+
+def test_a_rank_that_ends_ends_the_others_in_one_line(capfd):
+    def end(rank):
+        if rank == 1:
+            raise SystemExit('its disk is full')
+        return all_sum(1)
+
+    for process, _ in start_ranks(end):
+        process.join(30)
+        assert process.exitcode == 1
+    lines = sorted(capfd.readouterr().err.splitlines())
+    assert lines[0] == 'its disk is full' and lines[1].startswith('rank 0: another rank has ended, its own lines say')
+    assert len(lines) == 2
+
+
+def parts_asked_for(rank):
+    asked = []
+    common.BETWEEN_BATCHES.append(lambda: asked.append(all_sum(1)))
+    return [list(part) for part in rank_parts(range(5), 1, rank, 2)], asked
+
+
+def test_ranks_with_fewer_parts_of_an_evaluation_are_asked_as_often():
+    assert results_on_two_ranks(parts_asked_for) == [([[0], [2], [4]], [2.0] * 3), ([[1], [3]], [2.0] * 3)]
+    assert list(rank_parts('abcde', 2, 0, 1)) == ['ab', 'cd', 'e']
 
 
 # -----------------------------------------------------------------------------

@@ -213,8 +213,9 @@ def test_a_stage_takes_only_an_input_whose_gates_passed(tmp_path):
     assert refused() == f'{tmp_path} failed its gate "share answered" and 1 more{then}'
     conclude(tmp_path, [])
     assert refused() == f'{tmp_path} failed: no gate was measured{then}'
-    (tmp_path / 'gates.json').write_text('{"passed": tr')
-    assert refused() == f'{tmp_path} failed its gate "gates.json is whole"{then}'
+    for damaged in '{"passed": tr', '[]', 'null', '{"gates": [1], "passed": true}', '[' * 100_000:
+        (tmp_path / 'gates.json').write_text(damaged)
+        assert refused() == f'{tmp_path} failed its gate "gates.json is whole"{then}'
     conclude(tmp_path, [GOOD])
     assert require_passed(tmp_path, False) is None
     assert refusal(require_passed, tmp_path / 'gone', True) == (

@@ -66,6 +66,21 @@ def test_a_pipe_a_folder_or_a_device_is_no_picture_and_no_sound(tmp_path, make, 
     with pytest.raises(BadSample) as e:
         read_image(tmp_path / 'a', 8) if kind == 'picture' else read_audio(tmp_path / 'a', 16_000, 16_000)
     one_line(e.value, tmp_path / 'a', says)
+def test_bad_samples_of_a_run_that_goes_on_count_and_are_not_listed_twice(tmp_path):
+    path = tmp_path / 'bad.jsonl'
+    path.write_text('{"id": "b", "reason": "b: why"}\n[1]\n{"id": "a", "rea')   # a kill came here
+    bad_samples = BadSamples(path, 2)
+    bad_samples.add('b', 'b: why')
+    bad_samples.add('a', 'a: why')
+    bad_samples.gather()
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert lines == [{'id': 'a', 'reason': 'a: why'}, {'id': 'b', 'reason': 'b: why'}]
+    with pytest.raises(SystemExit) as e:
+        BadSamples(path, 1).gather()
+    one_line(e.value, 'b: why; fix or remove it, or set max_bad_samples above 1')
+    with pytest.raises(SystemExit) as e:
+        bad_samples.add('c', 'c: why')
+    one_line(e.value, 'c: why; ')
 
 
 # -----------------------------------------------------------------------------

@@ -21,6 +21,7 @@ import data
 import lists
 import media
 import shards
+import training
 from media import BadSamples
 
 OWN = (REPO / 'docs' / 'your_own_data.md').read_text()
@@ -199,7 +200,8 @@ PROVOKE = {
     'wanted some': lambda folder: read_line(folder, audio='a.wav', text=''),
     'which is not Unicode': lambda folder: read_text(folder, 'x \ud83d'),
     'one token': lambda folder: read_text(folder, 'a'),
-    'was chosen from other data': change_a_caption}
+    'was chosen from other data': change_a_caption,
+    'was trained on other data': lambda folder: training.check_same_data({'data': {'text_jsonl': 'a'}}, {}, folder)}
 FAILS = re.findall(r'^\| `(.+?)` \|', OWN[OWN.index('## What fails'):], re.MULTILINE)
 
 

@@ -196,6 +196,15 @@ def test_ensure_leaves_a_finished_part_alone_and_finishes_what_a_kill_left(tmp_p
     assert made == [('.captions.tmp', 1), ('.instruct.tmp', 1)] and (tmp_path / 'instruct.tmp').is_dir()
 
 
+def test_a_read_only_checkout_has_its_finished_parts_and_says_what_to_do_about_the_others(tmp_path, monkeypatch):
+    (tmp_path / 'captions').mkdir()
+    monkeypatch.setattr(make.os, 'access', lambda path, mode: False)
+    make.ensure('captions', root=tmp_path)
+    with pytest.raises(SystemExit, match='instruct of the small world cannot be made, .* set the paths') as e:
+        make.ensure('captions', 'instruct', root=tmp_path)
+    assert '\n' not in e.value.code and [path.name for path in tmp_path.iterdir()] == ['captions']
+
+
 def test_a_folder_keeps_the_seed_that_it_was_made_with(tmp_path, monkeypatch):
     made = []
     monkeypatch.setattr(make, 'DATA', {'captions': lambda folder, seed: made.append(seed) or folder.mkdir()})

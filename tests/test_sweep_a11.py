@@ -1,8 +1,11 @@
 """sweep_a11.py: every point is a run of its own, on the same held-out items; a restart skips what is finished."""
 import csv
+import gc
 import json
+import math
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -26,7 +29,9 @@ def sweep(*args):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(subprocess, 'Popen', start_here)
-        return run_here('sweep_a11.py', *args)
+        ended = run_here('sweep_a11.py', *args)
+    gc.collect()                                       # its lock
+    return ended
 
 
 @pytest.fixture(scope='module')
@@ -72,7 +77,8 @@ def test_the_best_run_that_passed_becomes_a_config(swept, tmp_path):
     assert code == 0 and table['best'] == passed[0]
     code, _ = run_here('train_a1.py', out / 'best.py', f'--out_dir={tmp_path}')
     settings = read_log(tmp_path, 'run')[0]['settings']
-    assert code == 0 and settings['learning_rate'] == passed[0]['learning_rate'] and settings['epoch_samples'] == 32
+    assert code == 0 and settings['learning_rate'] == passed[0]['learning_rate']
+    assert (settings['epoch_samples'], settings['n_golden'], settings['n_predictions']) == (96, 9, 4)   # no overrides
 
 
 def test_a_restart_skips_finished_runs_and_none_that_passed_is_an_error(swept, flags, tmp_path):
@@ -91,6 +97,51 @@ def test_a_restart_skips_finished_runs_and_none_that_passed_is_an_error(swept, f
 def test_bad_input_gets_one_line(flags, tmp_path, flag, found):
     code, _ = sweep(*flags, f'--out_dir={tmp_path}', flag)
     assert found in code and len(code.splitlines()) == 1
+
+
+def test_a_run_that_diverges_is_the_worst_and_the_sweep_goes_on_and_does_not_repeat_it(a1_config, tmp_path):
+    command = (f'--base_config={a1_config}', f'--out_dir={tmp_path}/out', "--grid={'learning_rate': [1e30, 2e-2]}",
+               "--overrides={'epoch_samples': 32, 'warmup_frac': 0.0, 'n_predictions': 0}")
+    for printed in ': running', ': diverged before':
+        code, output = sweep(*command)
+        assert code == 0 and f'{tmp_path}/out/learning_rate=1e+30{printed}' in output
+        best, worst = read_json(tmp_path / 'out' / 'sweep.json')['runs']
+        assert (best['status'], worst['status']) == ('finished', 'diverged') and worst['score'] == math.inf
+    assert 'diverged' in (tmp_path / 'out' / 'sweep.csv').read_text()
+    page, _ = run_here('tools/report.py', tmp_path / 'out')
+    assert page == 0 and 'Traceback' not in (tmp_path / 'out' / 'report.html').read_text()
+
+
+def damage_json(path):
+    path.write_text(path.read_text()[:-20])
+
+
+@pytest.mark.parametrize('name, harm, found', [
+    ('gates.json', damage_json, 0), ('status.json', damage_json, 0),
+    ('status.json', lambda path: path.write_text('[1]'), 0),
+    ('log.jsonl', lambda path: path.write_text('{"kind"'), 'its first line is damaged')])
+def test_a_damaged_run_is_judged_again_or_named(swept, flags, tmp_path, name, harm, found):
+    shutil.copytree(swept[0], tmp_path / 'out')
+    harm(tmp_path / 'out' / 'learning_rate=0.02,vision_ln=True' / name)
+    code, printed = sweep(*flags, f'--out_dir={tmp_path}/out')
+    assert code == found or found in code
+    assert found or printed.count('finished before') == 3
+
+
+def test_no_cell_of_the_table_starts_a_formula(a1_config, tmp_path):
+    lora_like = ['=1+1', '+x', '-x', '@x', '\tx', "plain"]
+    command = (f'--base_config={a1_config}', f'--out_dir={tmp_path}/out', f"--grid={{'feature_cache': {lora_like!r}}}")
+    for value in lora_like:
+        folder = tmp_path / 'out' / f'feature_cache={value}'
+        folder.mkdir(parents=True)
+        (folder / 'status.json').write_text('{"state": "finished"}')
+        (folder / 'gates.json').write_text('{"losses": {"correct": -1.0, "shuffled": 2.0, "zero": 3.0}}')
+        (folder / 'log.jsonl').write_text('{"settings": {}, "epoch_samples": 8}\n')
+    assert 'no run passed its gates' in sweep(*command)[0]
+    with open(tmp_path / 'out' / 'sweep.csv') as f:
+        rows = list(csv.DictReader(f))
+    assert sorted(row['feature_cache'] for row in rows) == ["'\tx", "'+x", "'-x", "'=1+1", "'@x", 'plain']
+    assert {row['loss'] for row in rows} == {'-1.0'}   # a number stays one
 
 
 FAKE_TRAINING = '''
@@ -119,5 +170,22 @@ def test_a_sweep_that_is_stopped_lets_its_training_save(tmp_path):
     sweep.terminate()
     _, errors = sweep.communicate(timeout=30)
     assert sweep.returncode == 1 and (tmp_path / 'out' / 'seed=1' / 'saved').exists()
-    assert len(errors.splitlines()) == 1 and 'start the sweep again to go on with it' in errors
+    assert errors == 'SIGTERM stopped this sweep; start it again to go on with it\n'
     assert not (tmp_path / 'out' / 'seed=2').exists()
+
+
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_between_two_runs_ends_the_sweep(flags, swept, tmp_path, number, monkeypatch):
+    """It comes when a run has finished."""
+    shutil.copytree(swept[0], tmp_path / 'out')
+    loads = json.loads
+
+    def loads_and_signal(text, **options):
+        if '"finished"' in text:
+            os.kill(os.getpid(), number)
+        return loads(text, **options)
+
+    monkeypatch.setattr(json, 'loads', loads_and_signal)
+    code, printed = sweep(*flags, f'--out_dir={tmp_path}/out')
+    assert code == f'{number.name} stopped this sweep; start it again to go on with it'
+    assert printed.count('finished before') == 1

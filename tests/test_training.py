@@ -2,20 +2,25 @@
 import json
 import math
 import os
+import shutil
 import signal
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import REPO, assert_same_run, on_two_ranks, run_here
 from test_common import Clock, no_file_larger_than, results_on_two_ranks, refusal, save
 
 import training
+from common import BETWEEN_BATCHES, rank_parts
 from training import (
-    Log, Meter, StopSignal, check_resumable, clip_gradients, frozen_sha256, grad_norms, measure_epoch,
+    Log, Meter, StopSignal, check_resumable, check_same_data, clip_gradients, frozen_sha256, grad_norms, measure_epoch,
     names_with_gradient, open_run, parameter_groups, require_positive, require_share, stop_if_eval_not_finite,
     stop_if_not_finite, tensorboard_writer, write_status)
+from watch import WATCH
 
 # -----------------------------------------------------------------------------
 # a run
@@ -47,6 +52,15 @@ def test_resuming_names_the_first_setting_that_differs_and_forgives_those_of_the
         'out/ckpt was trained on other frozen weights (sha256 aaaaaaaaaaaa, this run has bbbbbbbbbbbb): cannot resume')
 
 
+def test_resuming_names_the_first_part_of_the_data_that_differs():
+    meta = {'data': {'the number of samples': 9, "sample 'x'": 'c', 'text_jsonl': 'd'}}
+    assert check_same_data(meta, dict(meta['data']), 'out/ckpt') is None
+    assert refusal(check_same_data, meta, {**meta['data'], "sample 'x'": 'e', 'text_jsonl': 'f'}, 'out/ckpt') == (
+        "out/ckpt was trained on other data: sample 'x' was c, is e now: restore it, or train anew")
+    assert 'text_jsonl was d, is gone now' in refusal(
+        check_same_data, meta, {'the number of samples': 9, "sample 'x'": 'c'}, 'out/ckpt')
+
+
 @pytest.fixture
 def handlers():
     """Put the signal handlers back after a test."""
@@ -54,6 +68,7 @@ def handlers():
     yield
     for sig, handler in before.items():
         signal.signal(sig, handler)
+    BETWEEN_BATCHES.clear()
 
 
 def test_a_signal_is_noted_and_a_second_ctrl_c_ends_at_once(handlers):
@@ -61,13 +76,19 @@ def test_a_signal_is_noted_and_a_second_ctrl_c_ends_at_once(handlers):
     assert not stop
     os.kill(os.getpid(), signal.SIGTERM)
     assert stop
+    stop.leave_evaluation = lambda: stop.leave(5, saved=True)
+    assert 'saved at step 5, go on with --resume=True' in refusal(list, rank_parts('ab', 1, 0, 1))
     assert refusal(stop.leave, 7, True) == 'SIGTERM stopped this run: saved at step 7, go on with --resume=True'
     assert refusal(stop.leave, 0, False) == 'SIGTERM stopped this run before its first step: nothing was saved'
     stop = StopSignal()
+    assert not stop
     os.kill(os.getpid(), signal.SIGINT)
     assert stop and stop.name == 'SIGINT'
     with pytest.raises(KeyboardInterrupt):
         os.kill(os.getpid(), signal.SIGINT)
+    StopSignal()                                       # not asked yet: data is prepared
+    line = refusal(os.kill, os.getpid(), signal.SIGTERM)
+    assert line == 'SIGTERM stopped this run before its first step: nothing was saved'
 
 
 def stopped_on_rank_1(rank):
@@ -102,6 +123,11 @@ def test_the_log_of_a_resumed_run_drops_what_came_after_the_checkpoint_and_half_
         {'kind': 'step', 'step': 20, 'loss': 0.05}, {'kind': 'step', 'step': 25, 'loss': 0.5}]
     Log(path, active=False).write('step', step=1)      # another rank
     assert len(path.read_text().splitlines()) == 4
+    for damaged in '[1]', '{"step": 9}', '{"kind": "step", "step": "x"}', '\0\0', '\ud83d', '[' * 100_000:
+        lines = path.read_bytes().splitlines()
+        path.write_bytes(b'\n'.join([lines[0], damaged.encode(errors='surrogatepass'), *lines[1:]]))
+        assert refusal(Log, path, resume_step=20).startswith(f'{path}:2: not a line of a log (')
+        path.write_bytes(b'\n'.join(lines))
     log = Log(path)                                    # not a resume: a new log
     assert path.read_text() == ''
     with no_file_larger_than(0):
@@ -237,17 +263,19 @@ def test_a_norm_is_summed_in_float64():
 
 
 @pytest.mark.parametrize('loss, grad_norm', [(math.nan, 1.0), (1.0, math.inf), (math.inf, -math.inf)])
-def test_a_step_that_is_not_finite_ends_the_run_and_names_its_samples(loss, grad_norm):
+def test_a_step_that_is_not_finite_ends_the_run_and_names_its_samples(loss, grad_norm, tmp_path):
     batches = [batch_of(1, 'a', 'b'), batch_of(1, 'c')]
-    assert stop_if_not_finite(3, 1.0, 1.0, batches=batches) is None
-    assert refusal(stop_if_not_finite, 3, loss, grad_norm, batches=batches) == (
+    assert stop_if_not_finite(3, 1.0, 1.0, batches=batches, out=tmp_path) is None and not any(tmp_path.iterdir())
+    assert refusal(stop_if_not_finite, 3, loss, grad_norm, batches=batches, out=tmp_path) == (
         f'step 3: loss {loss}, gradient norm {grad_norm}; stopped before the update, what was saved before is '
         'good. The samples of this step: a, b, c ... (3)')
+    assert json.loads((tmp_path / 'status.json').read_text())['state'] == 'diverged'
 
 
-def test_an_evaluation_that_is_no_number_is_not_saved():
-    assert stop_if_eval_not_finite(3, {'correct': 1.5, 'win_zero': 0.0}) is None
-    line = refusal(stop_if_eval_not_finite, 3, {'correct': 1.5, 'zero': math.nan})
+def test_an_evaluation_that_is_no_number_is_not_saved(tmp_path):
+    assert stop_if_eval_not_finite(3, {'correct': 1.5, 'win_zero': 0.0}, tmp_path) is None
+    line = refusal(stop_if_eval_not_finite, 3, {'correct': 1.5, 'zero': math.nan}, out=tmp_path)
+    assert json.loads((tmp_path / 'status.json').read_text())['state'] == 'diverged'
     assert line == 'step 3: zero on the held-out items is nan; stopped without saving, what was saved before is good'
 
 
@@ -279,3 +307,133 @@ def test_the_hash_of_what_is_frozen_ignores_what_learns_and_the_name_that_lora_g
     frozen = frozen_sha256(model(q__weight=1.0), set())
     assert frozen == frozen_sha256(model(q__base_layer__weight=1.0, lora=5.0), {'lora'})
     assert frozen != frozen_sha256(model(q__base_layer__weight=2.0, lora=5.0), {'lora'})
+
+
+# -----------------------------------------------------------------------------
+# whole runs: what people's files and machines do to them
+
+
+@pytest.fixture
+def a1_command(a1_config, tiny, tmp_path):
+    """train_a1.py on pictures of its own, all of which it sees, to tmp_path/out; evaluations at steps 0, 15 and 21."""
+    shutil.copytree(tiny / 'captions', tmp_path / 'captions')
+    return [run_here, 'train_a1.py', a1_config, f'--data_json={tmp_path}/captions/data.json',
+            f'--image_root={tmp_path}/captions/images', f'--out_dir={tmp_path}/out', '--epoch_samples=168',
+            '--eval_every=15', '--n_golden=3', '--n_predictions=3']
+
+
+@pytest.mark.stage
+def test_forty_cut_pictures_are_one_list_on_any_number_of_ranks_and_after_a_resume(a1_command, tmp_path, capfd):
+    run, *command = a1_command
+    pictures = sorted((tmp_path / 'captions' / 'images').iterdir())
+    for path in pictures[::5]:
+        path.write_bytes(path.read_bytes()[:-20])
+    run(*command, '--max_bad_samples=40')
+    alone = (tmp_path / 'out' / 'bad_samples.jsonl').read_text()
+    assert [json.loads(line)['id'] for line in alone.splitlines()] == [f'captions-{k:06d}' for k in range(0, 200, 5)]
+    two = tmp_path / 'two'
+    statuses = on_two_ranks(run, *command, f'--out_dir={two}', '--max_bad_samples=40')
+    assert statuses[0] == statuses[1] and (two / 'bad_samples.jsonl').read_text() == alone
+    shutil.rmtree(two / 'ckpt')                        # as a kill after step 15 would have left it
+    assert on_two_ranks(run, *command, f'--out_dir={two}', '--max_bad_samples=40', '--resume=True') == statuses
+    assert (two / 'bad_samples.jsonl').read_text() == alone
+    capfd.readouterr()
+    assert on_two_ranks(run, *command, f'--out_dir={tmp_path}/few', '--max_bad_samples=39') == [1, 1]
+    lines = capfd.readouterr().err.splitlines()
+    assert any('not a whole image' in line and 'set max_bad_samples above 39' in line for line in lines)
+
+
+def rewrite_captions(folder):
+    text = (folder / 'data.json').read_text()
+    (folder / 'data.json').write_text(text.replace('"value": "', '"value": "No. '))
+
+
+def exchange_pictures(folder):
+    """Every picture for another, of the same size in bytes."""
+    paths = sorted((folder / 'images').iterdir())
+    longest = max(path.stat().st_size for path in paths)
+    contents = [path.read_bytes().ljust(longest, b'\0') for path in paths]
+    for path, content in zip(paths, contents[1:] + contents[:1]):
+        path.write_bytes(content)
+
+
+def take_samples_away(folder):
+    records = json.loads((folder / 'data.json').read_text())
+    (folder / 'data.json').write_text(json.dumps(records[:-1]))
+
+
+@pytest.mark.stage
+@pytest.mark.parametrize('change, found', [
+    (rewrite_captions, "sample 'captions-"), (exchange_pictures, "sample 'captions-"),
+    (take_samples_away, 'the number of samples was 200, is 199 now')])
+def test_a_run_does_not_go_on_over_changed_data_with_its_split_or_without(a1_command, tmp_path, change, found):
+    run, *command = a1_command
+    longest = max(path.stat().st_size for path in (tmp_path / 'captions' / 'images').iterdir())
+    for path in (tmp_path / 'captions' / 'images').iterdir():
+        path.write_bytes(path.read_bytes().ljust(longest, b'\0'))
+    command.append('--epoch_samples=8')
+    run(*command)
+    change(tmp_path / 'captions')
+    line, _ = run(*command, '--resume=True')
+    assert line.startswith(f'{tmp_path}/out/split.json was chosen from other data') and '\n' not in line
+    (tmp_path / 'out' / 'split.json').unlink()
+    line, _ = run(*command, '--resume=True')
+    assert line.startswith(f'{tmp_path}/out/ckpt was trained on other data: {found}') and '\n' not in line
+
+
+def run_and_signal_at_evaluation(number, call, run, *command):
+    """run(*command), which gets the signal in the middle of its evaluation of this number."""
+    from data import Loader
+    images = Loader.images
+    calls = []
+
+    def images_and_signal(loader, examples):
+        calls.append(examples)
+        if len(calls) == call:
+            os.kill(os.getpid(), number)
+        return images(loader, examples)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Loader, 'images', images_and_signal)
+        return run(*command)
+
+
+@pytest.mark.stage
+@pytest.mark.parametrize('call, line', [
+    (2, 'before its first step: nothing was saved'),   # of 15 calls in an evaluation
+    (18, 'saved at step 8'), (33, 'saved at step 12'), (45, 'saved at step 12')])
+def test_a_signal_during_an_evaluation_leaves_it_and_the_run_goes_on_as_the_same(
+        a1_config, a1_run, tmp_path, call, line):
+    command = 'train_a1.py', a1_config, f'--out_dir={tmp_path}'
+    code, _ = run_and_signal_at_evaluation(signal.SIGTERM, call, run_here, *command)
+    assert code.startswith('SIGTERM stopped this run') and line in code
+    assert json.loads((tmp_path / 'status.json').read_text())['state'] == 'stopped'
+    assert run_here(*command, '--resume=True')[0] == a1_run.code
+    assert_same_run(tmp_path, a1_run.out, tensors=['connector'])
+
+
+@pytest.mark.stage
+def test_ranks_wait_a_day_while_data_is_prepared_and_the_timeout_after_the_first_step(a1_config, tmp_path, monkeypatch):
+    minutes = []
+    monkeypatch.setattr(WATCH, 'minutes', 24 * 60.0)
+    evaluation_of = training.stop_if_eval_not_finite
+    monkeypatch.setattr(training, 'stop_if_eval_not_finite', lambda *args: (
+        minutes.append(WATCH.minutes), evaluation_of(*args)))
+    run_here('train_a1.py', a1_config, f'--out_dir={tmp_path}', '--timeout=7', '--epoch_samples=8')
+    assert minutes == [24 * 60.0, 7.0]
+
+
+@pytest.mark.parametrize('backend', ['nonsense', 'module://matplotlib_inline.backend_inline', 'module://none', 'TkAgg'])
+def test_what_a_notebook_left_in_mplbackend_does_not_matter_where_figures_are_drawn(tmp_path, backend):
+    (tmp_path / 'log.jsonl').write_text('{"kind": "step", "step": 1, "window_loss": 2.0}\n'
+                                        '{"kind": "eval", "step": 1, "zero": 2.0, "input_recall_1": 0.5, "output_recall_1": 0.5}\n')
+    code = ('import common, gates\n'
+            f'gates.curves("{tmp_path}/log.jsonl", "{tmp_path}/curves.png", ["zero"])\n'
+            'from tools.report import chart\n'
+            'chart("loss", {"training": ([1], [2.0])})\n')
+    done = subprocess.run([sys.executable, '-c', code], cwd=REPO, env={**os.environ, 'MPLBACKEND': backend},
+                          capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, '') and (tmp_path / 'curves.png').exists()
+    for path in REPO.rglob('*.py'):
+        if 'tests' not in path.parts:
+            assert 'pyplot' not in path.read_text().replace('No pyplot', ''), path

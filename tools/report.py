@@ -18,11 +18,9 @@ from pathlib import Path
 import jinja2
 import numpy as np
 import soundfile
-from matplotlib import rc_context
-from matplotlib.figure import Figure                   # not pyplot: it would obey the MPLBACKEND of a notebook
 from PIL import Image
 
-from common import sha256_file, write_atomic
+from common import new_figure, sha256_file, write_atomic
 from gates import WORTH, read_verdict, read_worth, verdict_files  # noqa: F401  the template has them too
 from lists import read_llava
 from media import IMAGE_FORMATS, MAX_PIXELS, BadSamples, upright_rgb
@@ -198,7 +196,8 @@ def chart(title, lines, x='step', y='nats per label'):
     lines = {name: line for name, line in lines.items() if line}
     if not lines:
         return None
-    figure = Figure(figsize=(4.8, 3.1), layout='constrained')
+    figure = new_figure(4.8, 3.1)
+    from matplotlib import rc_context                  # not above: new_figure makes this import safe
     buffer = io.BytesIO()
     with rc_context(CHART_STYLE):
         plot = figure.subplots()

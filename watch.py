@@ -1,0 +1,89 @@
+"""
+How long a rank waits for another one: a rank that hangs ends the run in a line that names it.
+
+Not by torch's own timeout: gloo and NCCL say in a page of their words that it has passed, and not whom they waited for.
+"""
+import os
+import sys
+import threading
+import time
+from contextlib import contextmanager, suppress
+
+import torch.distributed as dist
+
+
+class Watch:
+    """Notes the collective that this rank is in. A thread looks at the note and ends the process when it is too old."""
+    def __init__(self):
+        self.minutes = 24 * 60.0                       # while data is prepared: rank 0 may have every picture to read
+        self.n_collectives = 0                         # begun so far: as many on every rank that waits in this one
+        self.since = None                              # when the one that is going on began
+
+    def start(self):
+        store = dist.distributed_c10d._get_default_store()   # by which the ranks found each other; no public name
+        threading.Thread(target=self.look, args=(store,), daemon=True).start()
+
+    @contextmanager
+    def collective(self):
+        """Around every collective, until its result is there."""
+        self.n_collectives += 1
+        self.since = time.monotonic()
+        try:
+            yield
+        except RuntimeError as e:
+            if dist.get_backend() != 'gloo':           # an error of CUDA may come out here as well
+                raise
+            raise SystemExit(f'rank {dist.get_rank()}: another rank has ended, its own lines say why '
+                             f'({str(e).splitlines()[0]})')
+        finally:
+            self.since = None
+
+    def look(self, store):
+        told = 0
+        while True:
+            time.sleep(min(1.0, 6 * self.minutes))     # a tenth of the time at most
+            n = self.n_collectives
+            since = self.since
+            if since is None:
+                continue
+            if n != told:                              # this one takes long enough for the others to hear of it
+                with suppress(RuntimeError):           # rank 0 has ended, and the store with it
+                    store.set(f'waiting/{dist.get_rank()}', str(n))
+                told = n
+            if time.monotonic() - since > 60 * self.minutes:
+                time.sleep(1)                          # one that has just come has not told yet
+                if self.since != since:
+                    continue
+                silent = ', '.join(map(str, silent_ranks(store, n)))
+                sys.stderr.write(f'rank {dist.get_rank()} has waited {self.minutes:g} min for rank {silent}: was it '
+                                 'stopped, does its disk hang? Start again to go on; a longer timeout lets it take '
+                                 'longer\n')
+                sys.stdout.flush()
+                os._exit(1)                            # the main thread is inside torch and would not hear
+
+
+def silent_ranks(store, n):
+    """The ranks that have not told that they wait in collective n."""
+    found = []
+
+    def ask():
+        silent = []
+        with suppress(RuntimeError):
+            for rank in range(dist.get_world_size()):
+                key = f'waiting/{rank}'
+                if not store.check([key]) or store.get(key) != str(n).encode():
+                    silent.append(rank)
+            found.extend(silent)
+
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(5)
+    return found or [0]                                # no answer: without torchrun rank 0 keeps the store
+
+
+WATCH = Watch()
+
+
+def wait_at_most(minutes):
+    """From here on a rank that waits so long for another one ends, in a line that names it."""
+    WATCH.minutes = minutes
