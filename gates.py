@@ -87,6 +87,16 @@ def ablation(name, better, worse, counts, bar, min_win):
     return gate, {'d': measured.value, 'low': measured.low, 'high': measured.high, 'win': float(win)}
 
 
+SHARE_REMOVED = "share of another image's loss that the right one removes"
+FOUND = 'recall@1'
+
+
+def looked(verdicts):
+    """Do these gates say that the model looks at its input? False where they were not measured."""
+    asked = [gate.passed for gate in verdicts if gate.name == SHARE_REMOVED or gate.name.endswith(FOUND)]
+    return bool(asked) and all(asked)
+
+
 def retrieval_gates(crossed, input_name, output_name, input_bar, output_bar):
     """Do the likelihoods find the right input of an output, and the right output of an input, among those of a set?
 
@@ -94,8 +104,8 @@ def retrieval_gates(crossed, input_name, output_name, input_bar, output_bar):
     """
     n = crossed.shape[-1]
     return [
-        clears(f'{input_name} found among {n}, recall@1', grounding.recall(grounding.input_ranks(crossed)), input_bar),
-        clears(f'{output_name} found among {n}, recall@1', grounding.recall(grounding.output_ranks(crossed)),
+        clears(f'{input_name} found among {n}, {FOUND}', grounding.recall(grounding.input_ranks(crossed)), input_bar),
+        clears(f'{output_name} found among {n}, {FOUND}', grounding.recall(grounding.output_ranks(crossed)),
                output_bar),
     ]
 

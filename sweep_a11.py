@@ -134,14 +134,20 @@ for point in points:
     loss = {'correct': math.inf, 'shuffled': math.inf, 'zero': math.inf}
     score = d_shuffle = d_zero = math.inf
     passed = False
+    looked = False
+    worth = dict.fromkeys(gates.WORTH, math.nan)
     if end_of(folder) == 'finished':
         loss = read_json(folder / 'gates.json')['losses']
-        _, passed = gates.read_verdict(folder / 'gates.json')
+        verdicts, passed = gates.read_verdict(folder / 'gates.json')
+        looked = gates.looked(verdicts)
+        worth = gates.read_worth(folder / 'gates.json').get('', worth)
         d_shuffle = loss['shuffled'] - loss['correct']
         d_zero = loss['zero'] - loss['correct']
         score = loss['correct'] - score_weight * (d_shuffle + d_zero)
     results.append({
         **point,
+        **{name.replace(' ', '_'): value for name, value in worth.items()},
+        'looked': looked,
         'score': score,
         'loss': loss['correct'],
         'd_shuffle': d_shuffle,
@@ -172,7 +178,10 @@ for result in results:
     verdict = 'passed' if result['gates_passed'] else 'FAILED'
     if result['status'] == 'diverged':
         verdict = 'not judged, it diverged'
-    print(f'{result["score"]:8.4f}  loss {result["loss"]:.4f}  d_shuffle {result["d_shuffle"]:.3f}  '
+    elif not result['looked']:
+        verdict += ', it did not look'
+    print(f'removed {result["share_removed"]:.3f}  found {result["input_found"]:.2f} {result["output_found"]:.2f}  '
+          f'score {result["score"]:8.4f}  loss {result["loss"]:.4f}  d_shuffle {result["d_shuffle"]:.3f}  '
           f'd_zero {result["d_zero"]:.3f}  gates {verdict}  {name_of(point)}')
 
 # the winner as a config

@@ -313,7 +313,7 @@ if rank == 0:
     declared = {f'connector.{name}' for name, _ in model.connector.named_parameters()}
     worth = gates.worth(means['share_removed'], crossed, distinct([s.text for s in said]))
     removed = share_removed(losses['correct'], losses['shuffled'])
-    verdicts = [gates.clears("share of another image's loss that the right one removes", removed, gate_share_removed)]
+    verdicts = [gates.clears(gates.SHARE_REMOVED, removed, gate_share_removed)]
     verdicts += gates.retrieval_gates(crossed, 'image of its caption', 'caption of its image',
                                       input_bar=gate_input_recall, output_bar=gate_output_recall)
     verdicts += gates.text_gates('captions', said, distinct=gate_distinct, commonest=gate_commonest,

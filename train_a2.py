@@ -350,7 +350,7 @@ if rank == 0:
     declared = {name for name in names if name.startswith('connector.') or '.lora_' in name}
     worth = gates.worth(means['share_removed'], crossed, distinct([s.text for s in said]))
     removed = share_removed(losses['correct'], losses['shuffled'])
-    verdicts = [gates.clears("share of another image's loss that the right one removes", removed, gate_share_removed)]
+    verdicts = [gates.clears(gates.SHARE_REMOVED, removed, gate_share_removed)]
     verdicts += gates.retrieval_gates(crossed, 'image of its answers', 'answers of its image',
                                       input_bar=gate_input_recall, output_bar=gate_output_recall)
     verdicts += gates.text_gates('answers', said, distinct=gate_distinct, commonest=gate_commonest,

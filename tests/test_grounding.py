@@ -147,8 +147,7 @@ def test_the_text_gate_says_what_it_shares_with_the_replayed_text():
 
 
 LOOKS = {'image of its caption found among 16, recall@1', 'caption of its image found among 16, recall@1'}
-SHARE = "share of another image's loss that the right one removes"
-REMOVES = {SHARE}
+REMOVES = {gates.SHARE_REMOVED}
 COLLAPSE = {'captions: different ones', 'captions: the commonest one'}
 NEARER = {'captions: nearer to their own truth, F1 of words'}
 COSTS = {'shuffled image costs more than the right one'}
@@ -191,8 +190,9 @@ def test_a_twin_that_has_not_learned_to_look_is_stopped(pairs_config, tmp_path, 
     code, printed = run_here(tmp_path / 'twin.py', pairs_config, f'--out_dir={tmp_path}/out',
                              f'--epoch_samples={16 * n_steps}')
     assert fails <= failed_gates(tmp_path / 'out') and code == bool(fails), printed
+    assert gates.looked(gates.read_verdict(tmp_path / 'out' / 'gates.json')[0]) is (not fails)
     if name == 'it sees one half':                     # what a picture costs does not show it
         assert not (REMOVES | COSTS) & failed_gates(tmp_path / 'out')
     worth = read_json(tmp_path / 'out' / 'gates.json')['worth']['']
-    assert worth['share removed'] == pytest.approx(read_gates(tmp_path / 'out')[SHARE]['value'], abs=1e-4)
+    assert worth['share removed'] == pytest.approx(read_gates(tmp_path / 'out')[gates.SHARE_REMOVED]['value'], abs=1e-4)
     assert 'share removed' in printed and len(worth) == 4

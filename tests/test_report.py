@@ -91,9 +91,9 @@ def write_sweep(folder):
         point = folder / f'learning_rate={rate},vision_ln={ln}'
         write_log(point, 'a1', {'correct': 1.0, 'shuffled': 2.0})
         conclude(point, [at_most('loss', n, 2)])
-        runs.append({'learning_rate': rate, 'vision_ln': ln, 'share_removed': 0.3, 'input_recall': 0.6,
-                     'output_recall': 0.5, 'looked': n < 3, 'score': 0.5 + n, 'loss': 1.0, 'd_shuffle': 0.25,
-                     'd_zero': 2.0, 'gates_passed': n < 3, 'folder': f'out/a11_small/{point.name}'})
+        runs.append({'learning_rate': rate, 'vision_ln': ln, 'share_removed': 0.3, 'input_found': 0.6,
+                     'output_found': 0.5, 'different': 0.9, 'looked': n < 3, 'score': 0.5 + n, 'loss': 1.0,
+                     'd_shuffle': 0.25, 'd_zero': 2.0, 'gates_passed': n < 3, 'folder': f'out/a11_small/{point.name}'})
     grid = {'learning_rate': [1e-3, 2e-3], 'vision_ln': [False, True]}
     write(folder / 'sweep.json', {'settings': {'grid': grid}, 'runs': runs, 'best': runs[0]})
 
@@ -260,7 +260,7 @@ def test_charts_have_their_first_and_last_values_in_words(whole):
 def test_a_sweep_shows_its_grid_and_the_gates_of_the_best_run(whole):
     a11 = section(whole, 'A1.1')
     assert 'by learning_rate: vision_ln False from 0.5 to 2.5; vision_ln True from 1.5 to 3.5' in a11
-    assert ('<td>best</td><td>0.001</td><td>False</td><td>0.3</td><td>0.6</td><td>0.5</td><td>yes</td>'
+    assert ('<td>best</td><td>0.001</td><td>False</td><td>0.3</td><td>0.6</td><td>0.5</td><td>0.9</td><td>yes</td>'
             '<td>0.5</td><td>1</td><td>0.25</td><td>2</td>'
             '<td><span class="passed">pass</span></td><td>1 min 20 s</td>' in a11)
     assert 'The best is learning_rate=0.001,vision_ln=False' in a11 and a11.count('&lt;= 2') == 1

@@ -70,6 +70,13 @@ def test_the_score_is_that_of_the_last_step_worked_out_again(swept):
     assert scores == sorted(scores)
 
 
+def test_a_run_that_did_not_look_is_marked(flags, tmp_path):
+    _, printed = sweep(*flags, f'--out_dir={tmp_path}/out', "--grid={'learning_rate': [1e-3]}",
+                       "--overrides={'epoch_samples': 8, 'n_predictions': 8, 'gate_input_recall': 0.9}")
+    [run] = read_json(tmp_path / 'out' / 'sweep.json')['runs']
+    assert run['looked'] is False and 0 <= run['input_found'] < 0.9 and 'FAILED, it did not look' in printed
+
+
 def test_the_best_run_that_passed_becomes_a_config(swept, tmp_path):
     out, code = swept
     table = read_json(out / 'sweep.json')

@@ -426,7 +426,8 @@ def test_ranks_wait_a_day_while_data_is_prepared_and_the_timeout_after_the_first
 @pytest.mark.parametrize('backend', ['nonsense', 'module://matplotlib_inline.backend_inline', 'module://none', 'TkAgg'])
 def test_what_a_notebook_left_in_mplbackend_does_not_matter_where_figures_are_drawn(tmp_path, backend):
     (tmp_path / 'log.jsonl').write_text('{"kind": "step", "step": 1, "window_loss": 2.0}\n'
-                                        '{"kind": "eval", "step": 1, "zero": 2.0, "input_recall_1": 0.5, "output_recall_1": 0.5}\n')
+                                        '{"kind": "eval", "step": 1, "zero": 2.0, "input_recall_1": 0.5, '
+                                        '"output_recall_1": 0.5}\n')
     code = ('import common, gates\n'
             f'gates.curves("{tmp_path}/log.jsonl", "{tmp_path}/curves.png", ["zero"])\n'
             'from tools.report import chart\n'
