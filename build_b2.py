@@ -4,7 +4,7 @@ Stage B2: encode images and sounds once, and lay them with their texts into shar
 reads   audit_dir/token_space.json   from uti.py, with the codecs it was made for
         manifests (JSONL of {id, image | audio, text}), data_json (LLaVA captions), sound_dir with captions in a CSV
 writes  out_dir/{train,eval,golden}-00000.{safetensors,json} ..., token_space.json, plan.json, index.json,
-        bad_samples.jsonl, report.json, gates.json
+        checked.json, plan/, bad_samples.jsonl, report.json, gates.json
 done    when every gate passes; exits 1 when one does not
 
 $ python build_b2.py configs/b2_small.py
@@ -19,24 +19,23 @@ import sys
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
 
 import gates
 from common import (
-    all_gather, all_sum, barrier, canonical, gather_in_order, init_ranks, lock_run, progress, provenance, read_sealed,
-    shutdown_ranks, write_atomic, write_sealed)
+    Progress, all_gather, all_sum, barrier, canonical, gather_in_order, in_parts, init_ranks, lock_run, provenance,
+    read_sealed, shutdown_ranks, write_atomic, write_sealed)
 from configure import configure
-from data import collate, media_sha256
+from data import collate
 from lists import UniqueIds, read_llava
 from media import BadSample, BadSamples, read_audio, read_image
+from plan import Captions, Media, hash_media, read_planned, take_shards, write_planned
 from shards import (
-    SPLITS, Caption, CaptionedMedia, Medium, load_shard, read_index, read_manifest, read_shards, read_sound_folder,
-    token_example, write_shard)
+    SPLITS, Caption, CaptionedMedia, Medium, Records, check_shard, check_shards, read_index, read_manifest,
+    read_sound_folder, token_example, write_shard)
 from uti import TASKS, UTI, Grammar, TokenSpace
 from watch import wait_at_most
 
@@ -60,7 +59,8 @@ max_bad_samples = 0            # more unusable samples than this end the run; up
 allow_failed_gates = False     # take codecs whose audit failed
 # the split, by the bytes of the media file: all captions of one file stay together
 n_golden = 64                  # held out for looking at, of each modality
-eval_share = 0.02              # of the other files
+n_eval = 512                   # of the other files, held out to evaluate on, of each modality: B4's gates ask 256 ...
+eval_share = 0.02              # ... or this share of them, when that is more
 split_seed = 1
 # shards
 shard_media = 512              # files in a shard, the unit of work: a kill loses at most one of them a rank
@@ -100,70 +100,71 @@ ENCODE = {'image': uti.encode_image, 'audio': uti.encode_audio}
 DECODE = {'image': uti.decode_image, 'audio': uti.decode_audio}
 
 # -----------------------------------------------------------------------------
-# the media by their bytes; the same on every rank
+# the captions of all lists, read by one rank, and the media by their bytes
 
 
-class File(NamedTuple):
-    """One media file by its bytes, whatever the number of its names and captions."""
-    sha256: str
-    modality: str
+def captioned_media():
+    """Every CaptionedMedia of the lists, one after the other."""
+    for path in manifests:
+        yield from read_manifest(path, bad_samples)
+    if data_json:
+        for item in read_llava(data_json, image_root, bad_samples, captions=True):
+            yield CaptionedMedia(item.id, 'image', item.image, item.turns[0][1])
+    if sound_dir:
+        yield from read_sound_folder(sound_dir, sound_captions, bad_samples)
 
 
+def read_captions():
+    """The Captions of all lists."""
+    captions = Captions(work)
+    unique = UniqueIds()                               # over all lists: each may have the ids of another
+    for caption in captioned_media():
+        captions.add(caption, unique(caption.id))
+    captions.close()
+    return captions
+
+
+def usable_media(captions, hashes, reasons):
+    """The Media of the captions that can be used. hashes, reasons: of hash_media."""
+    wanted = np.ones(len(captions), bool)
+    paths = list(captions.paths)
+    for n, path_number in enumerate(captions.path_of):
+        path, modality = paths[path_number]
+        reason = reasons.get(path_number)
+        if modality not in grammar.payload_ranges:
+            reason = reason or f'{path}: {audit_dir} has no {modality} in its token space'
+        if reason:
+            id, _ = captions[n]
+            bad_samples.add(id, BadSample(reason), key=f'caption {n}')
+            wanted[n] = False
+    if not wanted.any():
+        raise SystemExit('no usable sample: set manifests, data_json or sound_dir to data that exists')
+    return Media(captions, hashes, wanted)
+
+
+work = out / 'plan'                                    # what the ranks share while they work
 bad_samples = BadSamples(out / 'bad_samples.jsonl', max_bad_samples, active=rank == 0)
-captioned = []                                         # every caption with the path of its file
-for path in manifests:
-    captioned += read_manifest(path, bad_samples)
-if data_json:
-    for item in read_llava(data_json, image_root, bad_samples, captions=True):
-        captioned.append(CaptionedMedia(item.id, 'image', item.image, item.turns[0][1]))
-if sound_dir:
-    captioned += read_sound_folder(sound_dir, sound_captions, bad_samples)
-
-
-def sha256_or_reason(path):
-    try:
-        return media_sha256(path)
-    except BadSample as e:
-        return e
-
-
-paths = sorted({caption.path for caption in captioned})
-sha256s = gather_in_order(threads.map(sha256_or_reason, paths[rank::world_size]))
-sha256_of = dict(zip(paths, sha256s))
-captions_of = {}                                       # File: its captions; the first one's path is read
-n_items = 0
-unique = UniqueIds()                                   # over all lists: each may have the ids of another
-for n, caption in enumerate(captioned):
-    caption = replace(caption, id=unique(caption.id))
-    sha256 = sha256_of[caption.path]
-    reason = None
-    if isinstance(sha256, BadSample):
-        reason = sha256
-    elif caption.modality not in grammar.payload_ranges:
-        reason = BadSample(f'{caption.path}: {audit_dir} has no {caption.modality} in its token space')
-    if reason is not None:
-        bad_samples.add(caption.id, reason, key=f'caption {n}')
-        continue
-    n_items += 1
-    captions_of.setdefault(File(sha256, caption.modality), []).append(caption)
-if not captions_of:
-    raise SystemExit('no usable sample: set manifests, data_json or sound_dir to data that exists')
+if rank == 0:
+    captions = read_captions()
+barrier()
+hashes, reasons = hash_media(work, threads)            # every rank its part
+if rank == 0:
+    media = usable_media(captions, hashes, reasons)
 
 
 def read(file):
     """uint8 (3, H, W) pixels, or float32 (n,) samples; raises BadSample."""
-    path = captions_of[file][0].path
     if file.modality == 'image':
-        return read_image(path, space.image['size'])
-    return read_audio(path, space.audio['sample_rate'], space.audio['samples'])
+        return read_image(file.path, space.image['size'])
+    return read_audio(file.path, space.audio['sample_rate'], space.audio['samples'])
 
 
-def text_ids(caption):
-    """The ids of its text; raises BadSample when the longest of its documents is too long."""
-    ids = np.asarray(uti.encode_text(caption.text), np.int32)
-    length = len(ids) + grammar.length(caption.modality) + 3       # two markers, an end
+def text_ids(file, id, text):
+    """The ids of one of its captions; raises BadSample when the longest of its documents is too long."""
+    ids = np.asarray(uti.encode_text(text), np.int32)
+    length = len(ids) + grammar.length(file.modality) + 3          # two markers, an end
     if length > max_seq_len:
-        raise BadSample(f'{caption.path}: id {caption.id} takes {length} ids, wanted at most '
+        raise BadSample(f'{file.path}: id {id} takes {length} ids, wanted at most '
                         f'max_seq_len = {max_seq_len}')
     return ids
 
@@ -178,64 +179,98 @@ def draw(purpose, key):
     return int.from_bytes(digest[:8], 'big') / 2**64
 
 
-def is_usable(file):
-    """Whether a file can be read and its first caption fits: a golden one has to, the shards of others say why not."""
+def is_usable(n):
+    """Whether media file n can be read and its first caption fits: those that are counted have to, the shards of others
+    say why not."""
+    file = media[n]
     try:
         read(file)
-        text_ids(captions_of[file][0])
+        text_ids(file, *file.captions[0])
     except BadSample:
         return False
     return True
 
 
-chosen = {split: [] for split in SPLITS}
-for modality in sorted({file.modality for file in captions_of}):
-    files = [file for file in captions_of if file.modality == modality]
+def in_drawn_order(purpose, numbers):
+    """[(what is drawn for it, the media file's number)]"""
+    return sorted((draw(purpose, media.sha256(n)), n) for n in numbers)
+
+
+def split_modality(modality):
+    """{split: numbers of its media files of a modality}."""
+    numbers = [n for n in range(len(media)) if media.modality(n) == modality]
     golden = []
-    for file in sorted(files, key=lambda file: draw('golden', file.sha256)):
+    for _, n in in_drawn_order('golden', numbers):
         if len(golden) == n_golden:
             break
-        if is_usable(file):
-            golden.append(file)
+        if is_usable(n):
+            golden.append(n)
     train = []
     held_out = []
-    for file in set(files) - set(golden):
-        if draw('eval', file.sha256) < eval_share:
-            held_out.append(file)
-        else:
-            train.append(file)
-    if len(golden) < n_golden or not held_out or not train:
-        raise SystemExit(f'{len(files)} media files of {modality}: {len(train)} to train on, {len(held_out)} to '
-                         f'evaluate on and {len(golden)} of {n_golden} golden; add data or change eval_share and '
+    n_usable = 0
+    for drawn, n in in_drawn_order('eval', set(numbers) - set(golden)):
+        if n_usable >= n_eval and drawn >= eval_share:
+            train.append(n)
+            continue
+        held_out.append(n)
+        n_usable += n_usable < n_eval and is_usable(n)
+    if len(golden) < n_golden or n_usable < n_eval or not held_out or not train:
+        raise SystemExit(f'{len(numbers)} media files of {modality}: {len(train)} to train on, {n_usable} of {n_eval} '
+                         f'to evaluate on and {len(golden)} of {n_golden} golden; add data or change n_eval and '
                          'n_golden')
-    chosen['train'] += train
-    chosen['eval'] += held_out
-    chosen['golden'] += golden
+    return {'train': train, 'eval': held_out, 'golden': golden}
 
-shards = {}                                            # name: [File]
-for split, files in chosen.items():
-    files.sort(key=lambda file: (draw('order', file.sha256), file))    # whatever order they came in
-    for n in range(0, len(files), shard_media):
-        shards[f'{split}-{n // shard_media:05d}'] = files[n:n + shard_media]
-for file in chosen['eval'] + chosen['golden']:         # held out with one caption, which the seed decides
-    captions_of[file].sort(key=lambda caption: draw('caption', caption.id))
 
-samples = []                                           # all that goes into the shards, in its order
-for files in shards.values():
-    for file in files:
-        samples.append((file.sha256, file.modality, [(caption.id, caption.text) for caption in captions_of[file]]))
-plan = {
-    'token_space': space.sha256,
-    'shard_media': shard_media,
-    'max_seq_len': max_seq_len,
-    'n_golden': n_golden,
-    'eval_share': eval_share,
-    'split_seed': split_seed,
-    'n_media': len(captions_of),
-    'n_items': n_items,
-    'samples_sha256': hashlib.sha256(canonical(samples).encode()).hexdigest(),
-}
+def choose():
+    """{split: numbers of its media files, in the order of its shards, whatever order they came in}."""
+    chosen = {split: [] for split in SPLITS}
+    for modality in media.modalities():
+        for split, numbers in split_modality(modality).items():
+            chosen[split] += numbers
+    return {split: [n for _, n in in_drawn_order('order', numbers)] for split, numbers in chosen.items()}
+
+
+def planned(split, n):
+    """Media file n as its shard has it."""
+    file = media[n]
+    if split != 'train':                               # held out with one caption, which the seed decides
+        file.captions.sort(key=lambda caption: draw('caption', caption[0]))
+    return file
+
+
+def plan_shards(chosen):
+    """Write what goes into each shard; returns their names and a sha256 over it all."""
+    names = []
+    digest = hashlib.sha256(b'[')                      # of one list of all files, which is never in memory
+    comma = b''
+    for split, numbers in chosen.items():
+        for k, part in enumerate(in_parts(numbers, shard_media)):
+            names.append(f'{split}-{k:05d}')
+            files = [planned(split, n) for n in part]
+            write_planned(work, names[-1], files)
+            for file in files:
+                digest.update(comma + canonical((file.sha256, file.modality, file.captions)).encode())
+                comma = b','
+    digest.update(b']')
+    return names, digest.hexdigest()
+
+
+names = samples_sha256 = None
 if rank == 0:
+    chosen = choose()
+    names, samples_sha256 = plan_shards(chosen)
+    plan = {
+        'token_space': space.sha256,
+        'shard_media': shard_media,
+        'max_seq_len': max_seq_len,
+        'n_golden': n_golden,
+        'n_eval': n_eval,
+        'eval_share': eval_share,
+        'split_seed': split_seed,
+        'n_media': len(media),
+        'n_items': media.n_captions,
+        'samples_sha256': samples_sha256,
+    }
     if (out / 'plan.json').exists():
         space.require(TokenSpace.load(out / 'token_space.json'), out_dir)
         for key, value in read_sealed(out / 'plan.json', 'build_b2.py').items():
@@ -244,8 +279,13 @@ if rank == 0:
                                  'remove it or set another out_dir')
     space.save(out / 'token_space.json')
     write_sealed(out / 'plan.json', plan)
-    sizes = ', '.join(f'{len(files)} to {split}' for split, files in chosen.items())
-    print(f'{n_items} items, {len(captions_of)} media files: {sizes}, in {len(shards)} shards')
+    sizes = ', '.join(f'{len(numbers)} to {split}' for split, numbers in chosen.items())
+    print(f'{plan["n_items"]} items, {len(media)} media files: {sizes}, in {len(names)} shards')
+    del captions, media, chosen                        # what goes into each shard is on disk
+    for path in work.glob('*.taken'):                  # of a start before this one
+        path.unlink()
+names, samples_sha256 = all_gather((names, samples_sha256))[0]
+del hashes, reasons
 
 # -----------------------------------------------------------------------------
 # encode
@@ -258,59 +298,62 @@ def read_or_reason(file):
         return e
 
 
+def batches_of(names):
+    """(name, files of its shard, those of a batch, whether it is the shard's last) of all shards, one after another."""
+    for name in names:
+        files = read_planned(work, name)
+        batches = []
+        for modality in ENCODE:
+            batches += in_parts([file for file in files if file.modality == modality], batch_size)
+        for n, batch in enumerate(batches):
+            yield name, files, batch, n == len(batches) - 1
+
+
 def read_ahead(batches):
-    """(files, array or BadSample of each) of every batch; the next one is being read meanwhile."""
-    reading = [threads.submit(read_or_reason, file) for file in batches[0]]
-    for n, batch in enumerate(batches):
-        following = batches[n + 1] if n + 1 < len(batches) else []
-        current = reading
-        reading = [threads.submit(read_or_reason, file) for file in following]
-        yield batch, [future.result() for future in current]
+    """Every one of batches_of with the array, or the BadSample, of each file; the next one is being read meanwhile."""
+    current = None
+    for following in batches:
+        reading = [threads.submit(read_or_reason, file) for file in following[2]]
+        if current is not None:
+            yield *current[0], [future.result() for future in current[1]]
+        current = following, reading
+    if current is not None:
+        yield *current[0], [future.result() for future in current[1]]
 
 
-def encode(files):
-    """{File: (codes, meta)} of those that can be read, {File: BadSample} of the others."""
-    batches = []
-    for modality in ENCODE:
-        of_one = [file for file in files if file.modality == modality]
-        batches += [of_one[i:i + batch_size] for i in range(0, len(of_one), batch_size)]
-    encoded = {}
-    for batch, arrays in read_ahead(batches):
-        whole = []
-        for file, array in zip(batch, arrays):
-            encoded[file] = array                      # the reason of a bad one stays
-            if not isinstance(array, BadSample):
-                whole.append(file)
-        if whole:                                      # they keep their ids without the bad ones
-            arrays = [encoded[file] for file in whole]
-            codes, metas = ENCODE[whole[0].modality](arrays)           # (B, N) or (B, F K)
-            encoded.update(zip(whole, zip(codes, metas)))
+def encode(batch, arrays):
+    """{sha256: (codes, meta), or the BadSample} of a batch's files."""
+    encoded = dict(zip([file.sha256 for file in batch], arrays))       # the reason of a bad one stays
+    whole = [file for file in batch if not isinstance(encoded[file.sha256], BadSample)]
+    if whole:                                          # they keep their ids without the bad ones
+        codes, metas = ENCODE[whole[0].modality]([encoded[file.sha256] for file in whole])      # (B, N) or (B, F K)
+        encoded.update(zip([file.sha256 for file in whole], zip(codes, metas)))
     return encoded
 
 
-def make_shard(name, files):
-    """Write a shard; returns the numbers of media and of captions in it."""
-    encoded = encode(files)
+def make_shard(name, files, encoded):
+    """Write a shard; returns the numbers of media and of captions in it. encoded: as encode returns it, by modality."""
     media = []
     captions = []
     skipped = []
     for file in files:
         texts = []
-        for caption in captions_of[file]:
+        result = encoded[file.modality, file.sha256]
+        for id, text in file.captions:
             try:
-                if isinstance(encoded[file], BadSample):
-                    raise encoded[file]
-                texts.append((caption.id, text_ids(caption)))
+                if isinstance(result, BadSample):
+                    raise result
+                texts.append((id, text_ids(file, id, text)))
             except BadSample as e:
-                skipped.append((caption.id, str(e)))
-                too_many.add(caption.id, e, key=f'shard {caption.id}')
+                skipped.append((id, str(e)))
+                too_many.add(id, e, key=f'shard {id}')
         if not name.startswith('train'):               # held out once, whatever the number of its captions
             texts = texts[:1]
         if texts:
-            codes, meta = encoded[file]
+            codes, meta = result
             captions += [Caption(id, len(media), ids) for id, ids in texts]
             media.append(Medium(file.sha256, file.modality, codes, meta))
-    write_shard(out, name, space, media, captions, skipped=skipped, plan=plan['samples_sha256'])
+    write_shard(out, name, space, media, captions, skipped=skipped, plan=samples_sha256)
     return len(media), len(captions)
 
 
@@ -318,26 +361,33 @@ def is_finished(name):
     """Whether this shard is whole and of this plan."""
     try:
         side = read_sealed(out / f'{name}.json', 'build_b2.py')
-        load_shard(out, name, side['shard_sha256'], space)
+        check_shard(out, name, side['shard_sha256'], space)
     except SystemExit:
         return False
-    return side['plan'] == plan['samples_sha256']
+    return side['plan'] == samples_sha256
 
 
-names = list(shards)
 finished = gather_in_order([is_finished(name) for name in names[rank::world_size]])
 missing = [name for name, is_there in zip(names, finished) if not is_there]
 # ends the run as soon as a rank has met too many; bad_samples.jsonl is written in the end, from all shards
 too_many = BadSamples(out / 'bad_samples.jsonl', max_bad_samples, active=False)
-too_many.entries |= bad_samples.entries
+too_many.entries |= all_gather(bad_samples.entries)[0]
 wait_at_most(timeout)                                  # until here a day: every file had to be read
 n_made_media = 0
 n_made_captions = 0
 start = time.time()
-for name in progress(missing[rank::world_size], 'shards', active=rank == 0):
-    n_media, n_captions = make_shard(name, shards[name])
-    n_made_media += n_media
-    n_made_captions += n_captions
+shown = Progress(len(missing), 'shards', active=rank == 0)
+encoded = {}                                           # of the shard at work
+for name, files, batch, is_last, arrays in read_ahead(batches_of(take_shards(work, missing))):
+    for sha256, result in encode(batch, arrays).items():
+        encoded[batch[0].modality, sha256] = result
+    if is_last:
+        n_media, n_captions = make_shard(name, files, encoded)
+        n_made_media += n_media
+        n_made_captions += n_captions
+        encoded = {}
+        shown.update(world_size)                       # the other ranks are about as far
+shown.close()
 seconds = max(all_gather(time.time() - start))
 n_made_media = int(all_sum(n_made_media))
 n_made_captions = int(all_sum(n_made_captions))
@@ -364,17 +414,23 @@ def without_machine(record):
     return {key: value for key, value in record.items() if key not in NOT_IN_INDEX}
 
 
-sides = {split: [] for split in SPLITS}
-for name in names:
-    split = name.split('-')[0]
-    sides[split].append(read_sealed(out / f'{name}.json', 'build_b2.py'))
 if rank == 0:
     splits = {}
+    ids_of = {}
+    media_of = {}
     for split in SPLITS:
-        for side in sides[split]:
+        entries = []
+        ids_of[split] = []
+        media_of[split] = []
+        for name in names:
+            if not name.startswith(split):
+                continue
+            side = read_sealed(out / f'{name}.json', 'build_b2.py')
             for id, reason in side['skipped']:
                 bad_samples.add(id, reason, key=f'shard {id}')
-        entries = [entry(side) for side in sides[split]]
+            entries.append(entry(side))
+            ids_of[split] += side['items']
+            media_of[split] += [bytes.fromhex(sha256) for sha256 in side['media']]     # a third of the text's memory
         splits[split] = {
             'media': sum(e['media'] for e in entries),
             'items': sum(e['items'] for e in entries),
@@ -395,14 +451,6 @@ barrier()
 # measure, through what the next stages read with; every rank its part
 
 
-def what_is_wrong(shard):
-    """A line on what is wrong with a shard of the index, or None."""
-    try:
-        load_shard(out, shard['name'], shard['sha256'], space)
-    except SystemExit as e:
-        return str(e)
-
-
 def decodes(record):
     """Whether its codes become a picture or a wave of the right size, all of it finite."""
     if record.modality == 'image':
@@ -420,21 +468,28 @@ index, _ = read_index(out, space)
 entries = []
 for split in SPLITS:
     entries += index['splits'][split]['shards']
-problems = gather_in_order([what_is_wrong(shard) for shard in entries[rank::world_size]])
-wrong_shards = [line for line in problems if line]
-records = []
-if not wrong_shards:                                   # else nothing can be looked at, and those gates fail too
-    for split in SPLITS:
-        records += read_shards(out, split, space)
+checked = check_shards(out, entries, space)
+wrong_shards = [line for line in checked if isinstance(line, str)]
+if wrong_shards:                                       # nothing can be looked at, and those gates fail too
+    entries = checked = []
+records = Records(out, [entry['name'] for entry in entries], checked)
+
+
+
+def file_of(record):
+    """The File of a record."""
+    for file in read_planned(work, record.side()['name']):
+        if (file.sha256, file.modality) == (record.media_sha256, record.modality):
+            return file
+
 
 count = Counter()
 for modality in ENCODE:
-    record_of = {record.media_sha256: record for record in records if record.modality == modality}
-    of_one = list(record_of.values())
+    of_one = records.of(modality)
     spread = np.linspace(0, len(of_one) - 1, min(n_checked, len(of_one))).round().astype(int)
     for n in spread[rank::world_size]:
         record = of_one[n]
-        original = read(File(record.media_sha256, modality))
+        original = read(file_of(record))
         codes, _ = ENCODE[modality]([original])
         count['checked'] += 1
         count['mismatches'] += not np.array_equal(codes[0], record.payload)
@@ -442,15 +497,15 @@ for modality in ENCODE:
 
 lengths = {}                                           # task: of its documents, on all ranks
 for task, (modality, _) in TASKS.items():
-    of_task = [record for record in records[rank::world_size] if modality in (None, record.modality)]
-    examples = [token_example(record, task, grammar, max_seq_len) for record in of_task]
-    for i in range(0, len(examples), 64):
-        batch = collate(examples[i:i + 64])
-        count['unlabelled'] += len(batch.ids) - len(np.unique(batch.label_examples))
-    count['truncated'] += sum(example.truncated for example in examples)
-    lengths[task] = []
-    for part in all_gather([len(example) for example in examples]):
-        lengths[task] += part
+    of_task = records.of(modality)
+    of_rank = []
+    for part in in_parts(range(rank, len(of_task), world_size), 64):
+        examples = [token_example(of_task[i], task, grammar, max_seq_len) for i in part]
+        batch = collate(examples)
+        count['unlabelled'] += len(examples) - len(np.unique(batch.label_examples))
+        count['truncated'] += sum(example.truncated for example in examples)
+        of_rank += [len(example) for example in examples]
+    lengths[task] = np.concatenate(all_gather(np.array(of_rank, np.int32)))
 total = {name: int(all_sum(count[name])) for name in ('checked', 'mismatches', 'wrong_decodes', 'unlabelled',
                                                       'truncated')}
 
@@ -459,23 +514,21 @@ total = {name: int(all_sum(count[name])) for name in ('checked', 'mismatches', '
 
 status = 0
 if rank == 0:
+    for path in work.iterdir():                        # every start plans anew, but for the hashes
+        if not path.name.startswith('media.'):
+            path.unlink()
     skipped = []
     if bad_samples.keys:
         skipped = [json.loads(line) for line in (out / 'bad_samples.jsonl').read_text().splitlines()]
     length_report = {}
     for task, of_task in lengths.items():
-        if of_task:
+        if len(of_task):
             length_report[task] = {'items': len(of_task), 'mean': round(float(np.mean(of_task)), 1)}
             for q in (0, 5, 25, 50, 75, 95, 99, 100):
                 length_report[task][f'p{q}'] = int(np.percentile(of_task, q))
-    ids_of = {split: [] for split in SPLITS}
-    media_of = {split: [] for split in SPLITS}
-    bytes_of = Counter()
+    bytes_of = {}
     for split in SPLITS:
-        for side in sides[split]:
-            ids_of[split] += side['items']
-            media_of[split] += side['media']
-            bytes_of[split] += side['bytes']
+        bytes_of[split] = sum(shard['bytes'] for shard in index['splits'][split]['shards'])
     report = {
         'media': {split: len(media_of[split]) for split in SPLITS},
         'items': {split: len(ids_of[split]) for split in SPLITS},

@@ -58,6 +58,13 @@ def init_ranks(device='auto'):
     return int(os.environ.get('RANK', 0)), world_size, torch.device(device)
 
 
+def rank_of():
+    """(rank, world_size) of this process, for functions that are called on every rank."""
+    if not dist.is_initialized():
+        return 0, 1
+    return dist.get_rank(), dist.get_world_size()
+
+
 def shutdown_ranks():
     """The last line of a script: NCCL warns of a process group that is left behind."""
     if dist.is_initialized():

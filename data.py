@@ -12,7 +12,6 @@ import stat
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -344,8 +343,12 @@ class Batch:
     label_examples: torch.Tensor       # (M,) which of the B examples a label is in
     images: torch.Tensor | None        # uint8 (B, 3, H, W) or features (B, P, Dv)
     n_labels: int
-    ids: list
+    items: list                        # of the B examples
     label_ranges: list = field(default_factory=list)   # Track B: labels stand sorted by range, [(range, how many)]
+
+    @property
+    def ids(self):
+        return [item.id for item in self.items]        # looked up when a line names them: they may be on disk
 
     def to(self, device):
         moved = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
@@ -430,7 +433,7 @@ def collate(examples, images=None, num_image_tokens=0):
         label_examples=torch.from_numpy(label_examples),
         images=torch.from_numpy(np.stack(kept_images)) if kept_images else None,
         n_labels=len(label_positions),
-        ids=[example.item.id for example in examples],
+        items=[example.item for example in examples],
         label_ranges=label_ranges,
     )
 
@@ -442,14 +445,21 @@ def ranges_of(example):
     return example.label_ranges
 
 
-@lru_cache(maxsize=16)
+latest_orders = {}                                     # (n, seed): (epoch, order)
+
+
 def epoch_order(n, epoch, seed):
-    return np.random.default_rng([seed, epoch]).permutation(n)
+    """A permutation of n. The latest of each (n, seed) is kept: one for each task, 80 MB for ten million examples."""
+    had_epoch, order = latest_orders.get((n, seed), (None, None))
+    if had_epoch != epoch:
+        order = np.random.default_rng([seed, epoch]).permutation(n)
+        latest_orders[n, seed] = epoch, order
+    return order
 
 
 def shuffled_index(n, k, seed):
     """Which of n examples the k-th of the run is: a new permutation each epoch, a function of (seed, k)."""
-    return int(epoch_order(n, k // n, seed)[k % n])    # the permutation of its epoch, kept by lru_cache
+    return int(epoch_order(n, int(k) // n, seed)[k % n])
 
 
 class ShuffledSampler:

@@ -177,11 +177,16 @@ def training_gates(declared, trainable, with_gradient, before, after):
 
 def label_gates(examples, max_truncated):
     """The gates on what a stage's examples lost: cut ones, and ones without a label."""
-    truncated = [example.truncated for example in examples]
-    without_label = [example for example in examples if len(example.label_positions) == 0]
+    n_truncated = sum(example.truncated for example in examples)
+    n_unlabelled = sum(len(example.label_positions) == 0 for example in examples)
+    return label_count_gates(len(examples), n_truncated, n_unlabelled, max_truncated)
+
+
+def label_count_gates(n, n_truncated, n_unlabelled, max_truncated):
+    """The same, counted: of n examples."""
     return [
-        at_most('share of truncated samples', np.mean(truncated) if truncated else math.nan, max_truncated),
-        exactly('samples without a label', len(without_label) if truncated else math.nan, 0),
+        at_most('share of truncated samples', n_truncated / n if n else math.nan, max_truncated),
+        exactly('samples without a label', n_unlabelled if n else math.nan, 0),
     ]
 
 

@@ -4,7 +4,11 @@ tasks of Track B, and mixtures of tasks.
 """
 import csv
 import hashlib
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,7 +16,7 @@ import numpy as np
 import safetensors.numpy
 from safetensors import safe_open
 
-from common import read_sealed, write_atomic, write_sealed
+from common import gather_in_order, rank_of, read_sealed, sha256_file, write_atomic, write_sealed
 from data import ChatTemplate, Example, shuffled_index
 from lists import json_lines, path_inside, read_list, read_records, read_text_lines, require_text
 from media import BadSample
@@ -153,24 +157,86 @@ def write_shard(folder, name, space, media, captions, **more):
     return side
 
 
-def load_shard(folder, name, sha256, space):
-    """(tensors, what name.json says); exits with one line unless the bytes and the token space are the right ones."""
+def check_shard(folder, name, sha256, space):
+    """{modality: captions} of a shard; exits with one line unless its bytes and its token space are the right ones."""
     path = Path(folder) / f'{name}.safetensors'
-    side = read_sealed(Path(folder) / f'{name}.json', 'build_b2.py')
     try:
-        body = path.read_bytes()
+        found = sha256_file(path)                      # safetensors itself takes flipped bits for whole
     except OSError as e:
         raise SystemExit(f'{path}: cannot read this shard ({e.strerror}); run build_b2.py again')
-    found = hashlib.sha256(body).hexdigest()           # safetensors itself takes flipped bits for whole
-    if found != sha256 or side['shard_sha256'] != sha256:
+    if found != sha256:
         raise SystemExit(f'{path}: sha256 {found[:12]}, wanted {sha256[:12]}: damaged or exchanged; remove it and run '
                          'build_b2.py again')
+    side = read_side(folder, name, sha256)
     with safe_open(path, 'np') as f:
         in_header = f.metadata()['token_space']
+        kinds = f.get_tensor('kinds')[f.get_tensor('items')[:, 0]]     # of each caption's medium
     for made_for in in_header, side['token_space']:    # a file may have been exchanged alone
         if made_for != space.sha256:
             raise SystemExit(f'{path}: made for token space {made_for[:12]}, wanted {space.sha256[:12]}: build it anew')
-    return safetensors.numpy.load(body), side
+    return {modality: int((kinds == KINDS.index(modality)).sum()) for modality in ('image', 'audio')}
+
+
+def read_side(folder, name, sha256):
+    """What name.json says of the shard of this sha256."""
+    path = Path(folder) / f'{name}.json'
+    side = read_sealed(path, 'build_b2.py')
+    if side['shard_sha256'] != sha256:
+        raise SystemExit(f'{path}: of a shard with sha256 {side["shard_sha256"][:12]}, wanted {sha256[:12]}; '
+                         'remove it and run build_b2.py again')
+    return side
+
+
+def stamp_of(path):
+    """[bytes, time of the last change in ns] of a file, by which it is known again."""
+    try:
+        found = os.stat(path)
+    except OSError as e:
+        raise SystemExit(f'{path}: cannot read this shard ({e.strerror}); run build_b2.py again')
+    return [found.st_size, found.st_mtime_ns]
+
+
+def read_checked(folder, space):
+    """{name: {'sha256', 'stamps', 'items'}} of the shards that have been compared with their sha256 before."""
+    try:
+        checked = read_sealed(Path(folder) / 'checked.json', '')
+    except SystemExit:                                 # none yet, or damaged: all are compared again
+        return {}
+    return checked['shards'] if checked['token_space'] == space.sha256 else {}
+
+
+def check_shards(folder, entries, space):
+    """Of each shard of an index, {'sha256', 'stamps', 'items': {modality: captions}}, or a line on what is wrong.
+
+    On every rank: each reads its part of the shards. What is whole is remembered in folder/checked.json, and is not
+    read again while its size and time stay the same.
+    """
+    folder = Path(folder)
+    known = read_checked(folder, space)
+
+    def check(entry):
+        name = entry['name']
+        sha256 = entry['sha256']
+        try:
+            # from before they are read: a later change is one
+            stamps = [stamp_of(folder / f'{name}.{ending}') for ending in ('safetensors', 'json')]
+            had = known.get(name)
+            if had is not None and (had['sha256'], had['stamps']) == (sha256, stamps):
+                return had
+            return {'sha256': sha256, 'stamps': stamps, 'items': check_shard(folder, name, sha256, space)}
+        except SystemExit as e:
+            return str(e)
+
+    rank, world_size = rank_of()
+    with ThreadPoolExecutor(4) as threads:             # hashing lets go of Python: a disk is kept busy
+        found = gather_in_order(threads.map(check, entries[rank::world_size]))
+    whole = {entry['name']: one for entry, one in zip(entries, found) if isinstance(one, dict)}
+    if rank == 0 and any(known.get(name) != one for name, one in whole.items()):
+        try:
+            write_sealed(folder / 'checked.json', {'token_space': space.sha256, 'shards': {**known, **whole}})
+        except SystemExit as e:                        # a folder of somebody else's
+            print(f'{e.code}; the next start reads all shards again')
+    return found
 
 
 def read_index(folder, space=None):
@@ -195,25 +261,117 @@ def shards_fingerprint(folder):
     return found
 
 
+class StoredRecord(NamedTuple):
+    """A Record that stays in its shard: what only messages and held-out items need is read when it is asked for."""
+    modality: str
+    payload: np.ndarray                # int32, as those of a Record
+    text: np.ndarray                   # int32
+    side: Callable                     # () -> what the shard's .json says
+    medium: int                        # number in the shard
+    item: int
+
+    @property
+    def id(self):
+        return self.side()['items'][self.item]
+
+    @property
+    def media_sha256(self):
+        return self.side()['media'][self.medium]
+
+    @property
+    def meta(self):
+        return self.side()['metas'][self.medium]
+
+
+def read_segment(ids, offsets, n):
+    first, end = offsets[n:n + 2]
+    if first == end:                                   # safetensors refuses an empty slice at the end of a tensor
+        return np.zeros(0, np.int32)
+    return ids[first:end]
+
+
+class Records(Sequence):
+    """The records of some shards in their order, or those of one modality: each is read when it is asked for.
+
+    names: of the shards; checked: what check_shards says of each. What is kept in memory does not grow with the shards,
+    but for a number for each of them.
+    """
+    OPEN = 64                          # shards mapped into memory at a time
+
+    def __init__(self, folder, names, checked, modality=None):
+        self.folder = Path(folder)
+        self.names = names
+        self.checked = checked
+        self.modality = modality
+        kinds = ('image', 'audio') if modality is None else (modality,)
+        counts = [sum(one['items'][kind] for kind in kinds) for one in checked]
+        self.ends = np.cumsum(counts, dtype=np.int64)  # the number of records up to the end of each shard
+        self.segments = lru_cache(self.OPEN)(self.open_segments)
+        self.side = lru_cache(self.OPEN)(self.open_side)
+
+    def of(self, modality):
+        """The records of one modality."""
+        return Records(self.folder, self.names, self.checked, modality)
+
+    def open_segments(self, n):
+        """(ids, still on disk; offsets of the segments; medium and text of each item; modality of each item; the items
+        that are among the records) of shard n."""
+        path = f'{self.folder}/{self.names[n]}.safetensors'
+        if stamp_of(path) != self.checked[n]['stamps'][0]:
+            raise SystemExit(f'{path} has changed since this run began: start it again')
+        with safe_open(path, 'np') as f:
+            items = f.get_tensor('items')                                                       # (items, 2)
+            kinds = f.get_tensor('kinds')[items[:, 0]]                                          # (items,)
+            chosen = np.arange(len(items))
+            if self.modality is not None:
+                chosen = np.flatnonzero(kinds == KINDS.index(self.modality))
+            return f.get_slice('ids'), f.get_tensor('offsets'), items, kinds, chosen
+
+    def open_side(self, n):
+        return read_side(self.folder, self.names[n], self.checked[n]['sha256'])
+
+    def __len__(self):
+        return int(self.ends[-1]) if len(self.ends) else 0
+
+    def __getitem__(self, i):
+        if isinstance(i, slice):
+            return [self[k] for k in range(len(self))[i]]
+        i = range(len(self))[i]                        # from the end too; an IndexError ends a loop over them
+        n = int(np.searchsorted(self.ends, i, side='right'))
+        ids, offsets, items, kinds, chosen = self.segments(n)
+        item = int(chosen[i - (self.ends[n] - len(chosen))])
+        medium, text = items[item].tolist()
+        return StoredRecord(
+            modality=KINDS[kinds[item]],
+            payload=read_segment(ids, offsets, medium),
+            text=read_segment(ids, offsets, text),
+            side=partial(self.side, n),
+            medium=medium,
+            item=item,
+        )
+
+    def text_lengths(self):
+        """How many ids the text of each record has, (records,), without reading any."""
+        lengths = [np.zeros(0, np.int64)]
+        for n in range(len(self.names)):
+            _, offsets, items, _, chosen = self.segments(n)
+            texts = items[chosen, 1]
+            lengths.append(offsets[texts + 1] - offsets[texts])
+        return np.concatenate(lengths)
+
+
 def read_shards(folder, split, space=None):
-    """The [Record] of a split: 'train', 'eval' or 'golden'. Every file is checked against its sha256 in index.json."""
+    """The Records of a split: 'train', 'eval' or 'golden'. On every rank. Exits at the first file that is not of the
+    sha256 in index.json."""
     index, space = read_index(folder, space)
     if split not in index['splits']:
         raise SystemExit(f'{folder} has no split {split!r}: wanted one of {", ".join(index["splits"])}')
-    records = []
-    for shard in index['splits'][split]['shards']:
-        tensors, side = load_shard(folder, shard['name'], shard['sha256'], space)
-        segments = np.split(tensors['ids'], tensors['offsets'][1:-1])   # views, no copies
-        for id, (medium, text) in zip(side['items'], tensors['items'].tolist()):
-            records.append(Record(
-                id=id,
-                modality=KINDS[tensors['kinds'][medium]],
-                payload=segments[medium],
-                text=segments[text],
-                media_sha256=side['media'][medium],
-                meta=side['metas'][medium],
-            ))
-    return records
+    entries = index['splits'][split]['shards']
+    checked = check_shards(folder, entries, space)
+    for one in checked:
+        if isinstance(one, str):
+            raise SystemExit(one)
+    return Records(folder, [entry['name'] for entry in entries], checked)
 
 
 # -----------------------------------------------------------------------------
@@ -228,11 +386,7 @@ def token_example(record, task, grammar, max_seq_len):
     modality, direction = TASKS[task]
     if modality not in (None, record.modality):
         raise SystemExit(f'item {record.id} has an {record.modality}: task {task} wants an {modality}')
-    n_others = grammar.length(modality) + 3 if modality else 1     # codes, two markers, an end
-    room = max_seq_len - n_others
-    if room < 1:
-        raise SystemExit(f'max_seq_len = {max_seq_len} leaves no room for text in {task}: wanted at least '
-                         f'{n_others + 1}')
+    room = room_for_text(task, grammar, max_seq_len)
     # a prompt is cut here, before its payload; a description below, at its end
     text = record.text[:room] if direction == 'write' else record.text
     document = grammar.document(task, record.payload, text)
@@ -245,6 +399,59 @@ def token_example(record, task, grammar, max_seq_len):
         truncated=len(record.text) > room,
         label_ranges=document.label_ranges[fits],
     )
+
+
+def room_for_text(task, grammar, max_seq_len):
+    """How many ids of text an example of this task can have."""
+    modality, _ = TASKS[task]
+    n_others = grammar.length(modality) + 3 if modality else 1     # codes, two markers, an end
+    if max_seq_len <= n_others:
+        raise SystemExit(f'max_seq_len = {max_seq_len} leaves no room for text in {task}: wanted at least '
+                         f'{n_others + 1}')
+    return max_seq_len - n_others
+
+
+class TokenExamples(Sequence):
+    """The examples of a task about Records of its modality: each is made when a step asks for it."""
+    def __init__(self, records, task, grammar, max_seq_len):
+        self.records = records
+        self.task = task
+        self.grammar = grammar
+        self.max_seq_len = max_seq_len
+
+    def __len__(self):
+        return len(self.records)
+
+    def __getitem__(self, i):
+        if isinstance(i, slice):
+            return [self[k] for k in range(len(self))[i]]
+        return token_example(self.records[i], self.task, self.grammar, self.max_seq_len)
+
+    def label_counts(self):
+        """(truncated or not, number of labels) of each example, (examples,) each, without making any."""
+        n_text = self.records.text_lengths()
+        room = room_for_text(self.task, self.grammar, self.max_seq_len)
+        modality, direction = TASKS[self.task]
+        n_labels = np.minimum(n_text + 1, room + 1)    # a text and its end; the end is cut first
+        if direction == 'write':
+            n_labels = np.full(len(n_text), self.grammar.length(modality) + 1)
+        return n_text > room, n_labels
+
+
+def label_counts(*groups):
+    """(examples, truncated ones, ones without a label) of several {task: examples}."""
+    n = n_truncated = n_unlabelled = 0
+    for sets in groups:
+        for examples in sets.values():
+            if isinstance(examples, TokenExamples):
+                truncated, n_labels = examples.label_counts()
+            else:
+                truncated = np.array([example.truncated for example in examples], bool)
+                n_labels = np.array([len(example.label_positions) for example in examples])
+            n += len(examples)
+            n_truncated += int(truncated.sum())
+            n_unlabelled += int((n_labels == 0).sum())
+    return n, n_truncated, n_unlabelled
 
 
 def prompt_of(example):
@@ -277,23 +484,28 @@ def load_space(shards_dir, tokenizer, llm):
 
 
 def token_sets(shards_dir, split, tasks, grammar, max_seq_len, n=None):
-    """{task: [Example]} of the first n items of each task in a split of the shards."""
+    """{task: its examples in a split of the shards}; n: the first n of each, in the shards' random order, made at once.
+    On every rank."""
     records = read_shards(shards_dir, split, grammar.space)
     sets = {}
     for task in tasks:
         modality, _ = TASKS[task]
-        chosen = [record for record in records if record.modality == modality][:n]   # in the shards' random order
-        sets[task] = [token_example(record, task, grammar, max_seq_len) for record in chosen]
+        examples = TokenExamples(records.of(modality), task, grammar, max_seq_len)
+        sets[task] = examples if n is None else examples[:n]
     return sets
 
 
-def require_enough(train_sets, eval_sets, shards_dir):
-    """Exit when a task has nothing to train on, or too little to judge by."""
+def require_enough(train_sets, eval_sets, golden_sets, shards_dir, n_eval=8, n_golden=0):
+    """Exit when a task has nothing to train on, or fewer held-out items than its gates ask: 8 of every task, n_eval and
+    n_golden of those that write."""
     for task, train_set in train_sets.items():
-        n_eval = len(eval_sets[task])
-        if not train_set or n_eval < 8:
-            raise SystemExit(f'{shards_dir} has {len(train_set)} items to train and {n_eval} to evaluate {task} on: '
-                             'add data, or set its task_weights to 0')
+        wanted_eval, wanted_golden = (max(8, n_eval), n_golden) if TASKS[task][1] == 'write' else (8, 0)
+        found_eval = len(eval_sets[task])
+        found_golden = len(golden_sets[task])
+        if not train_set or found_eval < wanted_eval or found_golden < wanted_golden:
+            raise SystemExit(f'{shards_dir} has {len(train_set)} items to train and {found_eval} to evaluate {task} on '
+                             f'and {found_golden} golden ones; its gates ask {wanted_eval} and {wanted_golden}: set '
+                             'n_eval and n_golden of stage B2 and of this one, or its task_weights to 0')
 
 
 def text_examples(path, tokenizer, max_seq_len, n=None):
@@ -350,6 +562,11 @@ class MixtureSampler:
             counts[step] = count
         return counts
 
+    def passes(self):
+        """{task: how often all steps together go through its examples}."""
+        drawn = self.counts.sum(0)
+        return {task: drawn[t] / len(examples) for t, (task, examples) in enumerate(self.sets.items())}
+
     def step(self, n):
         """The examples of step n, longest first."""
         chosen = []
@@ -360,6 +577,14 @@ class MixtureSampler:
             for k in range(first, first + self.counts[n, t]):
                 i = shuffled_index(len(examples), k, seed)
                 epoch = int(k) // len(examples)
-                drops_prompt = np.random.default_rng([seed, epoch, i, 1]).random() < dropout
+                drops_prompt = dropout and np.random.default_rng([seed, epoch, i, 1]).random() < dropout
                 chosen.append(with_prompt(examples[i], ()) if drops_prompt else examples[i])
         return sorted(chosen, key=len, reverse=True)
+
+
+def passes_line(sampler, epochs):
+    """How often an epoch goes through the examples of each task, for a line of a script."""
+    parts = []
+    for task, n in sampler.passes().items():
+        parts.append(f'{len(sampler.sets[task]):,} examples of {task} {n / epochs:.3g} times')
+    return ', '.join(parts)

@@ -202,15 +202,6 @@ def forward_backward(batches):
     return all_sum(loss) / max(n_labels, 1), n_labels
 
 
-# schedule: how many samples an epoch of epoch_minutes holds, then cosine with warm-up
-if not epoch_samples:
-    first_steps = loader.steps(sampler, 0, 7, micro_batch_size, rank, world_size)
-    epoch_samples = measure_epoch(first_steps, forward_backward, optimizer, epoch_minutes, global_batch_size)
-n_steps = max(1, round(epochs * epoch_samples / global_batch_size))
-if rank == 0:
-    print(f'{n_steps} steps of {global_batch_size}; repeat exactly with --epoch_samples={epoch_samples}')
-
-
 def lr_at(step):
     """The learning rate as a share of each group's peak."""
     warmup = max(1, round(warmup_frac * n_steps))
@@ -247,6 +238,22 @@ def predict(examples, path):
     returns the first question and answer of each chat. On every rank."""
     return write_predictions(path, model, loader, template=template, examples=examples, batch_size=micro_batch_size,
                              max_new_tokens=max_new_tokens, rank=rank, world_size=world_size)
+
+
+def first_evaluation():
+    """What the loop does at step 0, for the time that it takes."""
+    evaluate(1)
+    predict(golden_set, out / 'golden' / 'step_000000.jsonl')
+
+
+# schedule: how many samples an epoch of epoch_minutes holds, with its evaluations
+if not epoch_samples:
+    first_steps = loader.steps(sampler, 0, 7, micro_batch_size, rank, world_size)
+    epoch_samples = measure_epoch(first_steps, forward_backward, optimizer, epoch_minutes, global_batch_size,
+                                  evaluate=first_evaluation, eval_every=eval_every)
+n_steps = max(1, round(epochs * epoch_samples / global_batch_size))
+if rank == 0:
+    print(f'{n_steps} steps of {global_batch_size}; repeat exactly with --epoch_samples={epoch_samples}')
 
 
 def save(state):

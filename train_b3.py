@@ -25,7 +25,8 @@ from data import Loader, files_fingerprint
 from grounding import crossed_share, distinct, matching_sets, retrieval
 from model import load_tokenizer
 from shards import (
-    MixtureSampler, load_space, require_enough, shards_fingerprint, task_shares, text_examples, token_sets)
+    MixtureSampler, label_counts, load_space, passes_line, require_enough, shards_fingerprint, task_shares,
+    text_examples, token_sets)
 from token_model import (
     complete_task, crossed_losses, example_sums, export_difference, export_stock, load_token_model, matching_keys,
     random_media, said_of, save_new_rows, shuffled_media, text_difference, training_bytes, write_completions)
@@ -119,7 +120,7 @@ tasks = list(task_shares(task_weights, grammar))
 train_sets = token_sets(shards_dir, 'train', tasks, grammar=grammar, max_seq_len=max_seq_len)
 eval_sets = token_sets(shards_dir, 'eval', tasks, grammar=grammar, max_seq_len=max_seq_len, n=n_eval)
 golden_sets = token_sets(shards_dir, 'golden', tasks, grammar=grammar, max_seq_len=max_seq_len, n=n_golden)
-require_enough(train_sets, eval_sets, shards_dir)
+require_enough(train_sets, eval_sets, golden_sets, shards_dir)
 matching = {}                  # {task: sets of eval items to tell apart}
 for task, examples in eval_sets.items():
     matching[task] = matching_sets(matching_keys(task, examples), n_retrieval, seed)
@@ -190,16 +191,6 @@ def forward_backward(batches):
     return all_sum(loss) / max(n_labels, 1), n_labels
 
 
-# schedule: how many samples an epoch of epoch_minutes holds, then cosine with warm-up
-if not epoch_samples:
-    first_steps = loader.steps(mixture(7), 0, 7, micro_batch_size, rank, world_size)
-    epoch_samples = measure_epoch(first_steps, forward_backward, optimizer, epoch_minutes, global_batch_size)
-n_steps = max(1, round(epochs * epoch_samples / global_batch_size))
-sampler = mixture(n_steps)
-if rank == 0:
-    print(f'{n_steps} steps of {global_batch_size}; repeat exactly with --epoch_samples={epoch_samples}')
-
-
 def lr_at(step):
     """The learning rate as a share of each group's peak."""
     warmup = max(1, round(warmup_frac * n_steps))
@@ -262,6 +253,32 @@ def generate(task, examples, path, guidance):
     return outputs, decoded
 
 
+def generate_golden(step):
+    """{task: what is generated of its golden items and what it decodes to}."""
+    golden = {}
+    for task, examples in golden_sets.items():
+        golden[task] = generate(task, examples, out / 'golden' / f'step_{step:06d}' / task, guidance)
+    return golden
+
+
+def first_evaluation():
+    """What the loop does at step 0, for the time that it takes."""
+    evaluate(at_end=False)
+    generate_golden(0)
+
+
+# schedule: how many samples an epoch of epoch_minutes holds, with its evaluations
+if not epoch_samples:
+    first_steps = loader.steps(mixture(7), 0, 7, micro_batch_size, rank, world_size)
+    epoch_samples = measure_epoch(first_steps, forward_backward, optimizer, epoch_minutes, global_batch_size,
+                                  evaluate=first_evaluation, eval_every=eval_every)
+n_steps = max(1, round(epochs * epoch_samples / global_batch_size))
+sampler = mixture(n_steps)
+if rank == 0:
+    print(f'an epoch goes through {passes_line(sampler, epochs)}')
+    print(f'{n_steps} steps of {global_batch_size}; repeat exactly with --epoch_samples={epoch_samples}')
+
+
 def save(state):
     """out/ckpt and status.json. On every rank."""
     if rank == 0 and step > first_step:
@@ -299,9 +316,7 @@ while True:
         if not stopped and not (evaluated and step < n_steps):   # a finished run is judged again, and logged once
             losses, counts, crossed, means, rates = evaluate(at_end=step == n_steps)
             stop_if_eval_not_finite(step, means, out)
-            golden = {}
-            for task, examples in golden_sets.items():
-                golden[task] = generate(task, examples, out / 'golden' / f'step_{step:06d}' / task, guidance)
+            golden = generate_golden(step)
             if not evaluated:
                 log.write('eval', step=step, **means, **rates)
             evaluated = True
@@ -378,11 +393,7 @@ if rank == 0:
                 min_win=win)
             verdicts.append(gate)
     verdicts.append(gates.exactly('exported logits, largest difference in a stock load', drift, 0))
-    every_example = []
-    for sets in train_sets, eval_sets, golden_sets:
-        for examples in sets.values():
-            every_example += examples
-    verdicts += gates.label_gates(every_example, gate_truncated)
+    verdicts += gates.label_count_gates(*label_counts(train_sets, eval_sets, golden_sets), gate_truncated)
     beyond = set(optimizer.state) - {model.new_in, model.new_out}
     verdicts.append(gates.exactly('optimizer state beyond the new rows', len(beyond), 0))
     verdicts += gates.training_gates({'new_in', 'new_out'}, trainable, with_gradient, before=frozen_before,

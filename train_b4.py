@@ -30,8 +30,8 @@ from grounding import crossed_share, distinct, matching_sets, retrieval, shared_
 from lists import read_texts
 from model import load_tokenizer, lora
 from shards import (
-    MixtureSampler, load_space, require_enough, shards_fingerprint, task_shares, text_examples, token_sets,
-    with_prompt)
+    MixtureSampler, label_counts, load_space, passes_line, require_enough, shards_fingerprint, task_shares,
+    text_examples, token_sets, with_prompt)
 from token_model import (
     complete_task, crossed_losses, example_sums, export_stock, load_new_rows, load_token_model, matching_keys,
     random_media, said_of, save_new_rows, shuffled_media, shuffled_prompts, write_completions)
@@ -156,7 +156,7 @@ tasks = list({**shares_start, **shares_end})
 train_sets = token_sets(shards_dir, 'train', tasks, grammar=grammar, max_seq_len=max_seq_len)
 eval_sets = token_sets(shards_dir, 'eval', tasks, grammar=grammar, max_seq_len=max_seq_len, n=n_eval)
 golden_sets = token_sets(shards_dir, 'golden', tasks, grammar=grammar, max_seq_len=max_seq_len, n=n_golden)
-require_enough(train_sets, eval_sets, shards_dir)
+require_enough(train_sets, eval_sets, golden_sets, shards_dir, n_eval=gate_items, n_golden=n_golden)
 matching = {}                  # {task: sets of eval items to tell apart}
 for task, examples in eval_sets.items():
     matching[task] = matching_sets(matching_keys(task, examples), n_retrieval, seed)
@@ -263,16 +263,6 @@ def forward_backward(batches):
     return all_sum(loss) / max(n_labels, 1), n_labels
 
 
-# schedule: how many samples an epoch of epoch_minutes holds, then cosine with warm-up
-if not epoch_samples:
-    first_steps = loader.steps(mixture(7), 0, 7, micro_batch_size, rank, world_size)
-    epoch_samples = measure_epoch(first_steps, forward_backward, optimizer, epoch_minutes, global_batch_size)
-n_steps = max(1, round(epochs * epoch_samples / global_batch_size))
-sampler = mixture(n_steps)
-if rank == 0:
-    print(f'{n_steps} steps of {global_batch_size}; repeat exactly with --epoch_samples={epoch_samples}')
-
-
 def lr_at(step):
     """The learning rate as a share of each group's peak."""
     warmup = max(1, round(warmup_frac * n_steps))
@@ -340,6 +330,32 @@ def generate(task, examples, path, guidance):
     return outputs, decoded
 
 
+def generate_golden(step):
+    """{task: what is generated of its golden items and what it decodes to}."""
+    golden = {}
+    for task, examples in golden_sets.items():
+        golden[task] = generate(task, examples, out / 'golden' / f'step_{step:06d}' / task, guidance[0])
+    return golden
+
+
+def first_evaluation():
+    """What the loop does at step 0, for the time that it takes."""
+    evaluate(at_end=False)
+    generate_golden(0)
+
+
+# schedule: how many samples an epoch of epoch_minutes holds, with its evaluations
+if not epoch_samples:
+    first_steps = loader.steps(mixture(7), 0, 7, micro_batch_size, rank, world_size)
+    epoch_samples = measure_epoch(first_steps, forward_backward, optimizer, epoch_minutes, global_batch_size,
+                                  evaluate=first_evaluation, eval_every=eval_every)
+n_steps = max(1, round(epochs * epoch_samples / global_batch_size))
+sampler = mixture(n_steps)
+if rank == 0:
+    print(f'an epoch goes through {passes_line(sampler, epochs)}')
+    print(f'{n_steps} steps of {global_batch_size}; repeat exactly with --epoch_samples={epoch_samples}')
+
+
 def save(state):
     """out/ckpt and status.json. On every rank."""
     if rank == 0 and step > first_step:
@@ -378,9 +394,7 @@ while True:
             losses, counts, crossed, means, rates = evaluate(at_end=step == n_steps)
             stop_if_eval_not_finite(step, means, out)
             at_start = at_start or {**means, **rates}
-            golden = {}
-            for task, examples in golden_sets.items():
-                golden[task] = generate(task, examples, out / 'golden' / f'step_{step:06d}' / task, guidance[0])
+            golden = generate_golden(step)
             if not evaluated:
                 log.write('eval', step=step, **means, **rates)
             evaluated = True
@@ -482,11 +496,7 @@ if rank == 0:
         verdicts += gates.generation_gates(task, [*golden_outputs, *outputs], first, end=end, golden=golden_decoded,
                                            shapes=shapes, n_golden=n_golden)
         verdicts += gates.collapse_gates(task, outputs, decoded, distinct=gate_distinct, **collapse_bars)
-    every_example = []
-    for sets in train_sets, eval_sets, golden_sets:
-        for examples in sets.values():
-            every_example += examples
-    verdicts += gates.label_gates(every_example, gate_truncated)
+    verdicts += gates.label_count_gates(*label_counts(train_sets, eval_sets, golden_sets), gate_truncated)
     names = [name for name, _ in model.named_parameters()]
     verdicts.append(gates.lora_gate(names))
     tuned = ('llm.model.layers.', 'llm.model.norm.') if full_tune else ()

@@ -207,7 +207,7 @@ class Meter:
         self.labels += n_labels
         for batch in batches:
             self.tokens += len(batch.input_ids)
-            self.samples += len(batch.ids)
+            self.samples += len(batch.items)
 
     def read(self, device):
         """The window as a dict, over all ranks; a new window begins."""
@@ -273,21 +273,26 @@ def frozen_sha256(model, trainable):
 # around a training step
 
 
-def measure_epoch(steps, forward_backward, optimizer, epoch_minutes, global_batch_size):
-    """How many samples an epoch of epoch_minutes holds, in whole steps, by the time of real steps; the slowest rank's.
+def measure_epoch(steps, forward_backward, optimizer, epoch_minutes, global_batch_size, evaluate, eval_every):
+    """How many samples an epoch of epoch_minutes holds, in whole steps, by the time of real steps, their data waited
+    for, and of an evaluation, which comes at the start and every eval_every steps; the slowest rank's.
 
     steps: an iterator over the batches of seven steps, of which the first two warm up.
     """
     seconds = []
+    start = time.perf_counter()
     for batches in steps:
-        start = time.perf_counter()
         forward_backward(batches)
+        optimizer.zero_grad()
         if torch.cuda.is_available():                  # its work is only queued so far
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - start)
-        optimizer.zero_grad()
-    slowest = max(all_gather(float(np.median(seconds[2:]))))   # every rank must come to the same number
-    return max(1, int(epoch_minutes * 60 / slowest)) * global_batch_size   # one step at least
+        start = time.perf_counter()
+    evaluate()
+    evaluation = max(all_gather(time.perf_counter() - start))
+    step = max(all_gather(float(np.median(seconds[2:]))))      # every rank must come to the same number
+    n_steps = (epoch_minutes * 60 - evaluation) / (step + evaluation / eval_every)
+    return max(1, int(n_steps)) * global_batch_size    # one step at least
 
 
 def grad_norms(trainable, groups):

@@ -225,7 +225,7 @@ class Grammar:
         start, end = self.markers[modality]
         if direction == 'read':                        # what is read is given whole, what is written from its start on
             self.check_payload(modality, payload)
-            return np.array([start, *payload, end], np.int32)
+            return np.concatenate([[start], payload, [end]]).astype(np.int32)
         self.space.check(text, 'text', 'prompt')
         return np.array([*text, start], np.int32)
 
@@ -248,8 +248,8 @@ class Grammar:
             answer = [*text, self.space.text_end]
         else:
             self.check_payload(modality, payload)
-            answer = [*payload, self.markers[modality][1]]
-        ids = np.concatenate([prompt, np.array(answer, np.int32)])
+            answer = np.append(payload, self.markers[modality][1])
+        ids = np.concatenate([prompt, answer]).astype(np.int32)
         label_positions = np.arange(len(prompt), len(ids), dtype=np.int32)
         label_ranges = self.expected(task, len(text))
         if len(prompt) == 0:                           # nothing stands before the first id: it cannot be predicted

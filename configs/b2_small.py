@@ -12,5 +12,6 @@ llm = f'{_small}/llm'
 image_codec = f'{_small}/image_codec'
 audio_codec = f'{_small}/audio_codec'
 out_dir = 'out/b2_small'
-eval_share = 0.125             # B4 measures its write tasks on at least 256 items of each modality
+n_eval = 256                   # of each modality: what B4 measures its write tasks on
+eval_share = 0.125
 max_seq_len = 512

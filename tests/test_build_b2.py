@@ -16,12 +16,14 @@ import soundfile
 import stub_codecs
 import test_codec
 import torch
-from conftest import REPO, on_two_ranks, run_here, run_script
+from conftest import REPO, damage, on_two_ranks, run_here, run_script
 from PIL import Image
 from transformers import AutoTokenizer, Qwen3Config
 
 import common
 import gates
+import media
+import plan
 import shards
 import uti
 from media import read_audio
@@ -82,6 +84,7 @@ image_root = '{root}/images'
 audit_dir = '{root}/audit'
 llm = '{root}/llm'
 n_golden = 4
+n_eval = 2
 eval_share = 0.2
 shard_media = 7
 max_seq_len = 64
@@ -118,7 +121,8 @@ def files(out):
     for pattern in SAME:
         for path in Path(out).glob(pattern):
             found[path.name] = path.read_bytes()
-    found.pop('report.json', None)
+    for name in 'report.json', 'checked.json':         # times, of a run and of files
+        found.pop(name, None)
     return found
 
 
@@ -142,7 +146,7 @@ def one_line(error, *parts):
 
 
 def test_everything_that_went_in_is_read_back(world, straight):
-    splits = {split: read_shards(straight, split) for split in shards.SPLITS}
+    splits = {split: list(read_shards(straight, split)) for split in shards.SPLITS}
     media = [{record.media_sha256 for record in records} for records in splits.values()]
     assert len(set.union(*media)) == sum(map(len, media)) == 48 + 30
     assert Counter(record.modality for record in splits['golden']) == {'image': 4, 'audio': 4}
@@ -230,6 +234,82 @@ def test_two_ranks_give_the_bytes_of_one(world, straight, tmp_path):
     assert files(tmp_path) == files(straight)
     both, one = (json.loads((out / 'report.json').read_text()) for out in (tmp_path, straight))
     assert both['lengths'] == one['lengths']
+
+
+@pytest.fixture
+def hashed(monkeypatch):
+    """The names of the media files whose bytes are read for their hash, as they are."""
+    names = []
+    sha256 = plan.media_sha256
+
+    def noting(path):
+        names.append(Path(path).name)
+        return sha256(path)
+    monkeypatch.setattr(plan, 'media_sha256', noting)
+    return names
+
+
+def test_a_start_hashes_what_it_has_not_hashed_or_what_has_changed(build, world, straight, tmp_path, hashed):
+    shutil.copytree(world / 'sounds', tmp_path / 'sounds')
+    shutil.copy(world / 'sounds.jsonl', tmp_path)
+    settings = f"--manifests=('{tmp_path}/sounds.jsonl',)", '--max_bad_samples=2'
+    out = tmp_path / 'run'
+    assert build(out, *settings)[0] == 0
+    assert sorted(hashed) == sorted(path.name for path in [*world.glob('images/*'), *world.glob('sounds/*')])
+    hashed.clear()
+    assert build(out, *settings)[0] == 0 and hashed == []
+    os.utime(tmp_path / 'sounds' / '7.wav')            # written again, the same bytes
+    assert build(out, *settings)[0] == 0 and hashed == ['7.wav']
+    assert files(out) == {**files(straight), 'index.json': files(out)['index.json']}       # of another manifest
+    hashed.clear()
+    body = (tmp_path / 'sounds' / '8.wav').read_bytes()
+    (tmp_path / 'sounds' / '8.wav').write_bytes(body[:-1] + bytes([body[-1] ^ 1]))         # as long
+    message, _ = build(out, *settings)
+    one_line(message, 'holds shards with samples_sha256')
+    assert hashed == ['8.wav']
+    (tmp_path / 'sounds' / '8.wav').unlink()
+    message, _ = build(out, *settings)
+    one_line(message, 'holds shards with n_media = 78, this run has 77')
+    for name in 'media.safetensors', 'media.json':
+        hashed.clear()
+        damage(out / 'plan' / name)
+        build(out, *settings)
+        assert len(hashed) == 77
+
+
+def test_each_shard_is_taken_once_whatever_the_pace_of_the_ranks(tmp_path):
+    names = [f'train-{n:05d}' for n in range(9)]
+    fast = plan.take_shards(tmp_path, names)
+    slow = plan.take_shards(tmp_path, names)
+    taken = [next(fast), next(slow), next(fast), next(fast), next(slow), *fast]
+    assert taken == names and list(slow) == []
+
+
+def test_the_next_shard_is_read_while_this_one_is_written(build, tmp_path, monkeypatch):
+    """Every shard but the last of the 13 waits for a file of the next one to be read."""
+    n_read = []
+    n_written = [0]
+    waited = []
+    read = {'read_image': media.read_image, 'read_audio': media.read_audio}
+    write_shard = shards.write_shard
+
+    def noting(name):
+        return lambda *args: (n_read.append(args[0]), read[name](*args))[1]
+
+    def waiting(folder, name, space, of_shard, captions, **more):
+        n_written[0] += len(of_shard)
+        until = time.time() + 2
+        while len(n_read) - n_held_out <= n_written[0] and time.time() < until and n_written[0] < 78:
+            time.sleep(0.001)
+        waited.append(time.time() < until)
+        return write_shard(folder, name, space, of_shard, captions, **more)
+
+    n_held_out = 12                                    # read beforehand: 4 golden ones and 2 to evaluate, twice
+    for name in read:
+        monkeypatch.setattr(media, name, noting(name))
+    monkeypatch.setattr(shards, 'write_shard', waiting)
+    assert build(tmp_path, '--n_checked=2')[0] == 0
+    assert len(waited) > 10 and all(waited)
 
 
 def test_a_damaged_or_missing_shard_is_made_again(build, straight, tmp_path):
@@ -323,7 +403,8 @@ def test_ids_that_stand_in_several_lists_are_made_keys(build, world, tmp_path):
 
 
 @pytest.mark.parametrize('change, found', [
-    ('--n_golden=40', 'of 40 golden; add data or change eval_share and n_golden'),
+    ('--n_golden=40', 'of 40 golden; add data or change n_eval and n_golden'),
+    ('--n_eval=27', '30 media files of audio: 0 to train on, 26 of 27 to evaluate on and 4 of 4 golden; add data'),
     ('--batch_size=0', 'batch_size = 0: wanted at least 1'),
     ('--manifests=("none.jsonl",)', 'none.jsonl: cannot read this manifest'),
     ('--audit_dir=none', 'none: no such folder; run the stage')])
@@ -340,15 +421,40 @@ def test_codecs_that_failed_their_audit_are_refused_unless_allowed(build, world,
     assert build(tmp_path / 'out', f'--audit_dir={tmp_path}/audit', '--allow_failed_gates=True')[0] == 0
 
 
+def test_as_many_of_each_modality_are_held_out_as_was_asked_and_the_share_adds_to_them(build, straight, tmp_path):
+    """Those with the lowest numbers of the seed, so that a higher n_eval only adds to them."""
+    held_out = [{record.media_sha256 for record in read_shards(straight, 'eval')}]
+    for n in 12, 15:
+        assert build(tmp_path / str(n), f'--n_eval={n}', '--eval_share=0.0')[0] == 0
+        found = read_shards(tmp_path / str(n), 'eval')
+        assert Counter(record.modality for record in found) == {'image': n, 'audio': n}
+        held_out.append({record.media_sha256 for record in found})
+    assert held_out[1] < held_out[2] and len(held_out[0] ^ held_out[1]) < 14
+    shared = {record.media_sha256 for record in read_shards(tmp_path / '15', 'train')} & held_out[2]
+    assert not shared
+
+
+def test_held_out_files_that_cannot_be_used_do_not_count(build, world, tmp_path):
+    shutil.copytree(world / 'sounds', tmp_path / 'sounds')
+    shutil.copy(world / 'sounds.jsonl', tmp_path)
+    for n in range(12):                                # as much text as in no other
+        (tmp_path / 'sounds' / f'{n}.wav').write_bytes(b'no sound %d' % n)
+    settings = f"--manifests=('{tmp_path}/sounds.jsonl',)", '--eval_share=0.0', '--max_bad_samples=24'
+    assert build(tmp_path / 'out', *settings, '--n_eval=10')[0] == 0
+    assert Counter(record.modality for record in read_shards(tmp_path / 'out', 'eval')) == {'image': 10, 'audio': 10}
+    message, _ = build(tmp_path / 'few', *settings, '--n_eval=15')
+    one_line(message, '14 of 15 to evaluate on')
+
+
 # -----------------------------------------------------------------------------
 # every gate can fail
 
 
 def test_media_in_two_splits_fail(build, tmp_path):
     source = (REPO / 'build_b2.py').read_text()
-    line = "chosen['eval'] += held_out"
+    line = "'eval': held_out,"
     assert source.count(line) == 1
-    (tmp_path / 'leaking_b2.py').write_text(source.replace(line, "chosen['eval'] += [*held_out, train[0]]"))
+    (tmp_path / 'leaking_b2.py').write_text(source.replace(line, "'eval': [*held_out, train[0]],"))
     assert build(tmp_path / 'out', script=tmp_path / 'leaking_b2.py')[0] == 1
     assert failed(tmp_path / 'out') == ['ids in two splits, or twice in one', 'media in two splits, or twice in one']
 

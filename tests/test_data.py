@@ -557,6 +557,14 @@ def test_the_order_is_another_permutation_in_each_epoch_and_for_each_seed():
     assert [shuffled_index(50, k, 1) for k in range(50)] == orders[0]
 
 
+def test_one_order_is_kept_for_each_of_many_tasks():
+    orders = [data.epoch_order(40 + seed, 0, seed) for seed in range(30)]
+    assert all(data.epoch_order(40 + seed, 0, seed) is order for seed, order in enumerate(orders))
+    later = data.epoch_order(40, 1, 0)
+    assert later is data.epoch_order(40, 1, 0) and later.tolist() != orders[0].tolist()
+    assert data.epoch_order(40, 0, 0).tolist() == orders[0].tolist()               # drawn again, the same
+
+
 SAMPLER = ShuffledSampler([example_of(str(k), f'{k}.png', 1 + k % 9) for k in range(37)], 16, seed=3)
 
 

@@ -104,9 +104,10 @@ def test_every_command_that_is_shown_parses(page, command):
         assert words[0] in ('git', 'cd', 'pip', 'source'), command
         return
     written = files_written_by_the_reader(page)
-    if words[1] == '-m':
-        script = words[2].replace('.', '/') + '.py'
-        rest = words[3:]
+    if '-m' in words:
+        module = words.index('-m') + 1
+        script = words[module].replace('.', '/') + '.py'
+        rest = words[module + 1:]
     else:
         script = next(word for word in words if word.endswith('.py'))
         rest = words[words.index(script) + 1:]
@@ -135,7 +136,7 @@ GROUPS = (
     ('data', 'model', 'grounding'),
     ('uti',),
     ('shards',),
-    ('inference',),
+    ('inference', 'plan'),
     ('token_model',),
     ('gates',),
     ('small', 'small.world'),
@@ -143,7 +144,7 @@ GROUPS = (
     ('small.models',),
     ('small.make',),
     ('small.score',),
-    ('tools', 'tools.bench', 'tools.export', 'tools.memory', 'tools.report'),
+    ('tools', 'tools.bench', 'tools.export', 'tools.many_shards', 'tools.memory', 'tools.report'),
     ('train_a1', 'sweep_a11', 'train_a2', 'build_b2', 'train_b3', 'train_b4', 'sample'),
 )
 USE_WHAT_STANDS_ABOVE_AS_A_SCRIPT = 'uti', 'gates'

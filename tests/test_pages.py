@@ -49,9 +49,9 @@ INSTEAD = {                                            # what a real run has and
                    '--connector_depth=1 --connector_heads=2',
     'train_a2.py': f'{TINY_A} --allow_failed_gates=True',
     'uti.py': f'--llm={{llm}} {CODECS} --audio_codebooks=2 --clip_seconds=0.12 --n_items=32 --n_alone=2',
-    'build_b2.py': f'--llm={{llm}} {CODECS} --n_golden=4 --eval_share=0.3 --n_checked=4 --allow_failed_gates=True',
+    'build_b2.py': f'--llm={{llm}} {CODECS} --n_golden=4 --n_eval=18 --n_checked=4 --allow_failed_gates=True',
     'train_b3.py': f'--llm={{llm}} {TINY} {CODECS} --n_golden=4 --max_seq_len=200 --allow_failed_gates=True',
-    'train_b4.py': f'{TINY} {CODECS} --n_golden=4 --n_predictions=4 --max_seq_len=200 --guidance=(1.5,) '
+    'train_b4.py': f'{TINY} {CODECS} --n_golden=4 --n_predictions=4 --max_seq_len=200 --guidance=(1.5,) --gate_items=8 '
                    '--allow_failed_gates=True',
     'sample.py': '--max_new_tokens=4'}
 
@@ -124,7 +124,7 @@ def test_every_command_of_the_page_on_your_own_data_runs_in_its_order(checkout, 
         gates = json.loads((out / f'mine_{stage}' / 'gates.json').read_text())['gates']
         passed |= {gate['name'] for gate in gates if gate['passed']}
     assert passed >= {'frozen weights changed (sha256)', 'media in two splits, or twice in one'}
-    status, _ = run('python build_b2.py configs/mine_b2.py', '--out_dir=out/two', '--eval_share=0.0')
+    status, _ = run('python build_b2.py configs/mine_b2.py', '--out_dir=out/two', '--n_eval=60')
     assert FAILS[-1] in status
 
 
@@ -206,7 +206,7 @@ FAILS = re.findall(r'^\| `(.+?)` \|', OWN[OWN.index('## What fails'):], re.MULTI
 
 
 def test_the_page_names_every_failure_that_is_provoked_here():
-    assert FAILS == [*PROVOKE, 'add data or change eval_share and n_golden']   # the last: at the end of the run above
+    assert FAILS == [*PROVOKE, 'add data or change n_eval and n_golden']   # the last: at the end of the run above
 
 
 @pytest.mark.parametrize('words', PROVOKE)

@@ -4,18 +4,21 @@ import json
 import numpy as np
 import pytest
 import torch
+from conftest import damage, on_two_ranks
 from safetensors import safe_open
 from test_common import no_file_larger_than
 from test_data import TEXT_ONLY, Letters, one_line
 from test_uti import AUDIO, BASE, IMAGE, SPACE
 
+import common
+import shards
 from common import read_sealed, write_sealed
 from data import Loader, collate
 from media import BadSamples
 from shards import (
-    Caption, CaptionedMedia, Medium, MixtureSampler, Record, load_shard, prompt_of, read_index, read_manifest,
-    read_shards, read_sound_folder, require_enough, shards_fingerprint, task_shares, text_examples, token_example,
-    token_sets, with_media, with_prompt, write_shard)
+    Caption, CaptionedMedia, Medium, MixtureSampler, Record, Records, check_shard, label_counts, passes_line,
+    prompt_of, read_index, read_manifest, read_shards, read_sound_folder, require_enough, shards_fingerprint,
+    task_shares, text_examples, token_example, token_sets, with_media, with_prompt, write_shard)
 from uti import Grammar, TokenSpace
 
 GRAMMAR = Grammar(SPACE)
@@ -82,8 +85,8 @@ def make_folder(folder, space=SPACE):
         'golden': [],
     }
     splits = {}
-    for split, shards in sides.items():
-        splits[split] = {'shards': [{'name': side['name'], 'sha256': side['shard_sha256']} for side in shards]}
+    for split, written in sides.items():
+        splits[split] = {'shards': [{'name': side['name'], 'sha256': side['shard_sha256']} for side in written]}
     write_sealed(folder / 'index.json', {'token_space': space.sha256, 'splits': splits})
     space.save(folder / 'token_space.json')
     return folder
@@ -99,7 +102,7 @@ def test_what_was_written_is_read(tmp_path):
         ('a', 'image', PICTURE, [7, 8], 'p1', {'size': 4}), ('b', 'image', PICTURE, [9], 'p1', {'size': 4}),
         ('c', 'audio', CLIP, [1, 2, 3], 'c1', {'n_samples': 8})]
     assert plain(read_shards(tmp_path, 'eval')) == [('d', 'image', PICTURE[::-1], [4], 'p2', {})]
-    assert read_shards(tmp_path, 'golden') == []
+    assert list(read_shards(tmp_path, 'golden')) == []
     with pytest.raises(SystemExit, match="no split 'test': wanted one of train, eval, golden"):
         read_shards(tmp_path, 'test')
 
@@ -128,8 +131,9 @@ def test_the_same_input_gives_the_same_bytes(tmp_path):
 
 def test_an_empty_shard_is_a_shard(tmp_path):
     side = write_shard(tmp_path, 'x', SPACE, [], [])
-    tensors, _ = load_shard(tmp_path, 'x', side['shard_sha256'], space=SPACE)
-    assert [tensors[name].shape for name in ('ids', 'offsets', 'kinds', 'items')] == [(0,), (1,), (0,), (0, 2)]
+    assert check_shard(tmp_path, 'x', side['shard_sha256'], space=SPACE) == {'image': 0, 'audio': 0}
+    with safe_open(tmp_path / 'x.safetensors', 'np') as f:
+        assert [f.get_tensor(name).shape for name in ('ids', 'offsets', 'kinds', 'items')] == [(0,), (1,), (0,), (0, 2)]
 
 
 @pytest.mark.parametrize('name', ['train-00000.safetensors', 'train-00000.json', 'index.json', 'token_space.json'])
@@ -192,7 +196,7 @@ def test_another_token_space_is_refused_by_name(tmp_path):
     index, _ = read_index(make_folder(tmp_path))
     shard = index['splits']['train']['shards'][0]
     with pytest.raises(SystemExit, match='train-00000.safetensors: made for token space'):
-        load_shard(tmp_path, shard['name'], shard['sha256'], space=other)
+        check_shard(tmp_path, shard['name'], shard['sha256'], space=other)
 
 
 # -----------------------------------------------------------------------------
@@ -253,8 +257,154 @@ def test_the_sets_of_a_split_are_the_first_items_of_each_task(tmp_path):
     assert {task: [e.item.id for e in examples] for task, examples in sets.items()} == {'i2t': ['a', 'b'], 't2a': ['c']}
     assert [len(x) for x in token_sets(tmp_path, 'train', ['i2t', 't2a'], GRAMMAR, 64, n=1).values()] == [1, 1]
     with pytest.raises(SystemExit) as e:
-        require_enough(sets, sets, tmp_path)
+        require_enough(sets, sets, sets, tmp_path)
     one_line(e.value, f'{tmp_path} has 2 items to train and 2 to evaluate i2t on', 'task_weights')
+
+
+@pytest.mark.parametrize('n_train, n_eval, n_golden, says', [
+    (0, 300, 64, '0 items to train and 300 to evaluate t2a on'),
+    (9, 75, 64, '75 to evaluate t2a on and 64 golden ones; its gates ask 256 and 64'),
+    (9, 300, 63, '300 to evaluate t2a on and 63 golden ones; its gates ask 256 and 64')])
+def test_what_the_gates_ask_to_be_held_out_is_asked_before_training(n_train, n_eval, n_golden, says):
+    reading = {'a2t': 9 * ['x']}
+    with pytest.raises(SystemExit) as e:
+        require_enough({**reading, 't2a': n_train * ['x']}, {**reading, 't2a': n_eval * ['x']},
+                       {'a2t': [], 't2a': n_golden * ['x']}, 'out/b2', n_eval=256, n_golden=64)
+    one_line(e.value, 'out/b2 has', says, 'set n_eval and n_golden of stage B2')
+    require_enough(reading, reading, {'a2t': []}, 'out/b2', n_eval=256, n_golden=64)   # to read, 8 are enough
+
+def assert_same_example(lazy, wanted):
+    for name in 'ids', 'label_positions', 'label_ranges':
+        np.testing.assert_array_equal(getattr(lazy, name), getattr(wanted, name))
+    assert (lazy.truncated, lazy.image_start, plain([lazy.item])) == (wanted.truncated, -1, plain([wanted.item]))
+
+
+@pytest.mark.parametrize('task, modality', [('i2t', 'image'), ('a2t', 'audio'), ('t2i', 'image'), ('t2a', 'audio')])
+@pytest.mark.parametrize('n_open', [1, 64])
+def test_examples_made_when_asked_for_are_those_of_all_records_in_memory(tmp_path, monkeypatch, task, modality, n_open):
+    monkeypatch.setattr(Records, 'OPEN', n_open)
+    wanted = write_at_random(tmp_path, n_shards=5)
+    [examples] = token_sets(tmp_path, 'train', [task], GRAMMAR, 12).values()
+    wanted = [token_example(record, task, GRAMMAR, 12) for record in wanted if record.modality == modality]
+    assert len(examples) == len(wanted) > 10
+    for i in np.random.default_rng(1).permutation(len(wanted)).tolist():
+        assert_same_example(examples[i], wanted[i])
+    for lazy, eager in zip([examples[-1], *examples[3:9]], [wanted[-1], *wanted[3:9]], strict=True):
+        assert_same_example(lazy, eager)
+    assert ids_of(list(examples)) == ids_of(wanted)
+    with pytest.raises(IndexError):
+        examples[len(wanted)]
+    truncated, n_labels = examples.label_counts()      # from columns alone
+    assert truncated.tolist() == [e.truncated for e in wanted] and 0 < truncated.sum() < len(wanted)
+    assert n_labels.tolist() == [len(e.label_positions) for e in wanted]
+    assert label_counts({task: examples}, {'text': [TEXT_ONLY]}) == (len(wanted) + 1, truncated.sum(), 0)
+
+
+def write_at_random(folder, n_shards):
+    """Shards with several captions for some media and none for others; their Records."""
+    rng = np.random.default_rng(0)
+    records = []
+    entries = []
+    for n in range(n_shards):
+        media = []
+        captions = []
+        for k in range(rng.integers(4, 9)):
+            modality = ('image', 'audio')[rng.integers(2)]
+            codes = rng.integers(*GRAMMAR.bounds(GRAMMAR.payload_ranges[modality])).astype(np.int32)
+            media.append(Medium(f'{n} {k}', modality, codes, {'n': k}))
+            for c in range(rng.integers(4)):
+                text = rng.integers(1, 90, rng.integers(0, 9)).astype(np.int32)
+                captions.append(Caption(f'{n}-{k}-{c}', k, text))
+        side = write_shard(folder, f'train-{n:05d}', SPACE, media, captions)
+        entries.append({'name': side['name'], 'sha256': side['shard_sha256']})
+        for id, k, text in captions:
+            records.append(Record(id, media[k].modality, media[k].codes, text, media[k].sha256, media[k].meta))
+    write_sealed(folder / 'index.json', {'token_space': SPACE.sha256, 'splits': {'train': {'shards': entries}}})
+    SPACE.save(folder / 'token_space.json')
+    return records
+
+
+@pytest.fixture
+def compared(monkeypatch):
+    """The names of the shards that were compared with their sha256, as they are."""
+    names = []
+    check = shards.check_shard
+
+    def noting(folder, name, sha256, space):
+        names.append(name)
+        return check(folder, name, sha256, space)
+    monkeypatch.setattr(shards, 'check_shard', noting)
+    return names
+
+
+def test_a_shard_is_compared_with_its_sha256_once_and_again_when_it_changes(tmp_path, compared):
+    wanted = plain(write_at_random(tmp_path, n_shards=3))
+    names = [f'train-{n:05d}' for n in range(3)]
+    for _ in range(2):
+        assert plain(read_shards(tmp_path, 'train')) == wanted
+    assert sorted(compared) == names
+    for ending in 'safetensors', 'json':
+        path = tmp_path / f'{names[1]}.{ending}'
+        body = path.read_bytes()
+        path.write_bytes(body[:-2] + b'??')            # as many bytes
+        with pytest.raises(SystemExit, match=names[1]):
+            read_shards(tmp_path, 'train')
+        path.write_bytes(body)
+        assert plain(read_shards(tmp_path, 'train')) == wanted
+    assert sorted(compared) == sorted(names + 4 * [names[1]])
+    read_shards(make_folder(tmp_path), 'eval')         # another split and index: what was compared before is kept
+    assert len(read_sealed(tmp_path / 'checked.json', '')['shards']) == 4
+
+
+def test_what_was_compared_is_forgotten_when_its_file_is_damaged_or_of_another_space(tmp_path, compared, capsys):
+    make_folder(tmp_path)
+    read_shards(tmp_path, 'train')
+    checked = tmp_path / 'checked.json'
+    whole = checked.read_text()
+    for content in whole.replace('"image": 2', '"image": 1'), whole[:-9], '[]', '':
+        checked.write_text(content)
+        assert len(read_shards(tmp_path, 'train')) == 3
+    write_sealed(checked, {**read_sealed(checked, ''), 'token_space': 'another'})
+    read_shards(tmp_path, 'train')
+    assert compared == 6 * ['train-00000'] and capsys.readouterr().out == ''
+    checked.unlink()
+    checked.mkdir()                                    # it cannot be written, as in a folder of somebody else's
+    assert len(read_shards(tmp_path, 'train')) == 3
+    one_line(capsys.readouterr().out.strip(), 'checked.json: cannot write here', 'next start reads all shards again')
+
+
+def test_a_shard_that_changes_during_a_run_is_refused(tmp_path):
+    write_at_random(tmp_path, n_shards=2)
+    records = read_shards(tmp_path, 'train')
+    path = tmp_path / 'train-00001.safetensors'
+    path.write_bytes(path.read_bytes()[:-8])
+    with pytest.raises(SystemExit) as e:
+        records[-1]
+    one_line(e.value, f'{path} has changed since this run began')
+
+
+def test_ranks_share_the_comparing_and_all_say_what_is_wrong(tmp_path):
+    write_at_random(tmp_path, n_shards=4)
+
+    def read(said):
+        rank, _, _ = common.init_ranks('cpu')
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(shards, 'check_shard', lambda folder, name, *rest: (
+                (tmp_path / f'{name} by {rank}').touch(), check_shard(folder, name, *rest))[1])
+            try:
+                n = len(read_shards(tmp_path, 'train'))
+            except SystemExit as e:
+                n = str(e)
+        (tmp_path / f'{said} {rank}').write_text(str(n))
+        return 0, ''
+
+    assert on_two_ranks(read, 'whole') == [0, 0]
+    assert sorted(path.name for path in tmp_path.glob('* by *')) == [
+        'train-00000 by 0', 'train-00001 by 1', 'train-00002 by 0', 'train-00003 by 1']
+    damage(tmp_path / 'train-00001.safetensors')
+    assert on_two_ranks(read, 'damaged') == [0, 0]
+    said = [(tmp_path / f'damaged {rank}').read_text() for rank in (0, 1)]
+    assert said[0] == said[1] and 'train-00001.safetensors: sha256' in said[0]
 
 
 def test_texts_are_named_by_their_line_and_one_of_one_id_is_refused(tmp_path):
@@ -356,6 +506,21 @@ def test_writing_examples_lose_their_prompt_in_its_share_and_others_each_epoch()
     assert all(len(e.label_positions) == 3 and len(e) == 9 for e in reading.step(0))
     whole = mixture(lambda progress: {'t2i': 1.0}, 100)
     assert all(len(prompt_of(e)) for e in whole.step(0))
+
+
+def test_a_mixture_says_how_often_it_goes_through_each_task():
+    sampler = mixture(fifth_then_all, 9)               # 8 + 32 of 10 examples, and 32
+    assert sampler.passes() == {'i2t': 4.0, 't2i': 3.2}
+    assert passes_line(sampler, 2.0) == '10 examples of i2t 2 times, 10 examples of t2i 1.6 times'
+
+
+def test_the_size_of_a_task_does_not_change_its_share():
+    """3,800 clips beside 558,000 pictures are half of the examples when the weights are the same."""
+    sets = {'i2t': range(558_000), 'a2t': range(3_800)}
+    sampler = MixtureSampler(sets, lambda progress: task_shares({'i2t': 1, 'a2t': 1}, GRAMMAR), 100, 256, seed=1)
+    assert sampler.counts.sum(0).tolist() == [12_800, 12_800]
+    sampler = MixtureSampler(sets, lambda progress: task_shares({'i2t': 9, 'a2t': 1}, GRAMMAR), 100, 256, seed=1)
+    assert sampler.counts.sum(0).tolist() == [23_040, 2_560]
 
 
 def test_a_mixture_goes_through_the_loader_of_track_a():

@@ -1,5 +1,6 @@
 """train_b3.py: it learns, gates can fail, a run is stopped, resumed, split; on shards made by hand."""
 import json
+import re
 import shutil
 import signal
 
@@ -14,7 +15,7 @@ from tiny_worlds import make_shards
 from torch import equal, load
 from transformers import AutoModelForCausalLM
 
-from common import sha256_file
+from common import read_sealed, sha256_file, write_sealed
 from uti import Grammar, TokenSpace
 
 pytestmark = pytest.mark.stage
@@ -109,3 +110,23 @@ def test_shards_of_another_token_space_are_refused(b3_config, b3_run, colours, t
 def test_bad_input_gets_one_line(b3_config, tmp_path, flag, found):
     code, _ = run_with_stubs('train_b3.py', b3_config, f'--out_dir={tmp_path}', flag)
     assert found in code and len(code.splitlines()) == 1
+
+
+def test_an_epoch_of_minutes_says_how_often_it_goes_through_each_task(b3_config, tmp_path):
+    code, printed = run_with_stubs('train_b3.py', b3_config, f'--out_dir={tmp_path}/out', '--epoch_samples=0',
+                                   '--epoch_minutes=0.001', '--n_eval=8', '--n_golden=2')
+    assert code == 1                                   # one step learns nothing
+    [n_steps, epoch_samples] = re.search(r'(\d+) steps of 16; .*--epoch_samples=(\d+)', printed).groups()
+    assert int(n_steps) * 16 == int(epoch_samples)
+    [passes] = re.findall(r'an epoch goes through 60 examples of i2t ([\d.]+) times', printed)
+    assert float(passes) == pytest.approx(int(epoch_samples) * 2 / 4.1 / 60, abs=1 / 60)
+
+
+def test_too_few_held_out_items_end_the_run_before_it_trains(b3_config, colours, tmp_path):
+    shutil.copytree(colours / 'shards', tmp_path / 'shards')
+    index = read_sealed(tmp_path / 'shards' / 'index.json', '')
+    index['splits']['eval']['shards'] = []
+    write_sealed(tmp_path / 'shards' / 'index.json', index)
+    code, _ = run_with_stubs('train_b3.py', b3_config, f'--shards_dir={tmp_path}/shards', f'--out_dir={tmp_path}/out')
+    assert '0 to evaluate i2t on' in code and 'its gates ask 8' in code and '\n' not in code
+    assert not (tmp_path / 'out' / 'log.jsonl').exists()

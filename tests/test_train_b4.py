@@ -307,3 +307,13 @@ def test_an_export_has_the_precision_of_its_base(b4_run, colours, tmp_path):
     b = tuned[f'base_model.model.{name}.lora_B.weight']
     base = model.llm.model.layers[0].mlp.up_proj.weight.float()
     assert torch.equal(exported[f'{name}.weight'], (base + 8 / 4 * (b @ a)).bfloat16())
+
+
+@pytest.mark.parametrize('setting, says', [
+    ('--gate_items=25', '24 to evaluate t2i on and 4 golden ones; its gates ask 25 and 4'),
+    ('--n_eval=20', '20 to evaluate t2i on and 4 golden ones; its gates ask 24 and 4'),
+    ('--n_golden=7', '24 to evaluate t2i on and 6 golden ones; its gates ask 24 and 7')])
+def test_what_its_gates_cannot_pass_on_ends_the_run_before_it_trains(b4_config, tmp_path, setting, says):
+    code, _ = run_with_stubs('train_b4.py', b4_config, f'--out_dir={tmp_path}/out', setting)
+    assert says in code and 'set n_eval and n_golden of stage B2' in code and '\n' not in code
+    assert not (tmp_path / 'out' / 'log.jsonl').exists()

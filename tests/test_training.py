@@ -182,7 +182,7 @@ def test_a_tensorboard_that_is_not_installed_ends_the_run_only_when_wanted(monke
 
 
 def batch_of(n_tokens, *ids):
-    return SimpleNamespace(input_ids=[0] * n_tokens, ids=list(ids))
+    return SimpleNamespace(input_ids=[0] * n_tokens, items=list(ids), ids=list(ids))
 
 
 def test_the_rates_of_a_window_are_those_of_its_steps_without_the_evaluation_between_them():
@@ -226,12 +226,24 @@ def test_an_epoch_is_what_fits_in_its_minutes_at_the_median_time_of_a_step(monke
         clock.now += seconds
         p.grad = torch.ones(1)
 
-    def samples(minutes, steps, global_batch_size):
-        return measure_epoch(iter(steps), forward_backward, optimizer, minutes, global_batch_size)
+    def samples(minutes, steps, global_batch_size, evaluation=0.0, wait=0.0):
+        def waited_for():
+            for seconds in steps:
+                clock.now += wait
+                yield seconds
+
+        def evaluate():
+            clock.now += evaluation
+        return measure_epoch(waited_for(), forward_backward, optimizer, minutes, global_batch_size, evaluate=evaluate,
+                             eval_every=10)
     # the first two warm up; 60 s / 0.5 s = 120 steps, by the mean 27
     assert samples(1.0, [99, 98, 0.5, 9.0, 0.375, 0.5, 0.625], 64) == 120 * 64
     assert samples(1.0, [0, 0, 7.0], 10) == 8 * 10     # 8.57 steps: whole ones only
     assert samples(0.01, [0, 0, 2.0], 10) == 10        # at least one
+    assert samples(1.0, [0, 0, 0.5], 1, wait=0.25) == 80               # 60 s / 0.75 s
+    # 5 s at the start and 5 s for each ten steps of 0.5 s: 55 steps take 27.5 s, their evaluations 32.5 s
+    assert samples(1.0, [0, 0, 0.5], 1, evaluation=5.0) == 55
+    assert samples(1.0, [0, 0, 0.5], 10, evaluation=70.0) == 10
     assert p.grad is None and p.item() == 0            # nothing was learned or left behind
 
 
