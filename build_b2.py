@@ -470,10 +470,9 @@ for split in SPLITS:
     entries += index['splits'][split]['shards']
 checked = check_shards(out, entries, space)
 wrong_shards = [line for line in checked if isinstance(line, str)]
-if wrong_shards:                                       # nothing can be looked at, and those gates fail too
-    entries = checked = []
-records = Records(out, [entry['name'] for entry in entries], checked)
-
+records = Records(out, [], [])                         # nothing can be looked at, and those gates fail too
+if not wrong_shards:
+    records = Records(out, [entry['name'] for entry in entries], checked)
 
 
 def file_of(record):

@@ -199,8 +199,9 @@ def read_planned(folder, name):
 def take_shards(folder, names):
     """The names that this rank is the first to take, one after the other: a fast rank takes more of them."""
     for name in names:
-        try:
-            (folder / f'{name}.taken').touch(exist_ok=False)
-        except FileExistsError:
-            continue
+        with one_line_io_errors(folder):
+            try:
+                (folder / f'{name}.taken').touch(exist_ok=False)
+            except FileExistsError:
+                continue
         yield name

@@ -216,16 +216,6 @@ def first_evaluation():
     predict(golden_set, out / 'golden' / 'step_000000.jsonl')
 
 
-# schedule: how many samples an epoch of epoch_minutes holds, with its evaluations
-if not epoch_samples:
-    first_steps = loader.steps(sampler, 0, 7, micro_batch_size, rank, world_size)
-    epoch_samples = measure_epoch(first_steps, forward_backward, optimizer, epoch_minutes, global_batch_size,
-                                  evaluate=first_evaluation, eval_every=eval_every)
-n_steps = max(1, round(epochs * epoch_samples / global_batch_size))
-if rank == 0:
-    print(f'{n_steps} steps of {global_batch_size}; repeat exactly with --epoch_samples={epoch_samples}')
-
-
 def save(state):
     """out/ckpt and status.json. On every rank."""
     bad_samples.gather()
@@ -244,6 +234,15 @@ def leave_evaluation():
     save('stopped')
     stop.leave(step, saved=step > first_step or resume)
 
+
+# schedule: how many samples an epoch of epoch_minutes holds, with its evaluations
+if not epoch_samples:
+    first_steps = loader.steps(sampler, 0, 7, micro_batch_size, rank, world_size)
+    epoch_samples = measure_epoch(first_steps, forward_backward, optimizer, epoch_minutes, global_batch_size,
+                                  evaluate=first_evaluation, eval_every=eval_every)
+n_steps = max(1, round(epochs * epoch_samples / global_batch_size))
+if rank == 0:
+    print(f'{n_steps} steps of {global_batch_size}; repeat exactly with --epoch_samples={epoch_samples}')
 
 # the loop
 log = Log(out / 'log.jsonl', step if resume else None, active=rank == 0, writer=board)

@@ -267,18 +267,6 @@ def first_evaluation():
     generate_golden(0)
 
 
-# schedule: how many samples an epoch of epoch_minutes holds, with its evaluations
-if not epoch_samples:
-    first_steps = loader.steps(mixture(7), 0, 7, micro_batch_size, rank, world_size)
-    epoch_samples = measure_epoch(first_steps, forward_backward, optimizer, epoch_minutes, global_batch_size,
-                                  evaluate=first_evaluation, eval_every=eval_every)
-n_steps = max(1, round(epochs * epoch_samples / global_batch_size))
-sampler = mixture(n_steps)
-if rank == 0:
-    print(f'an epoch goes through {passes_line(sampler, epochs)}')
-    print(f'{n_steps} steps of {global_batch_size}; repeat exactly with --epoch_samples={epoch_samples}')
-
-
 def save(state):
     """out/ckpt and status.json. On every rank."""
     if rank == 0 and step > first_step:
@@ -296,6 +284,17 @@ def leave_evaluation():
     save('stopped')
     stop.leave(step, saved=step > first_step or resume)
 
+
+# schedule: how many samples an epoch of epoch_minutes holds, with its evaluations
+if not epoch_samples:
+    first_steps = loader.steps(mixture(7), 0, 7, micro_batch_size, rank, world_size)
+    epoch_samples = measure_epoch(first_steps, forward_backward, optimizer, epoch_minutes, global_batch_size,
+                                  evaluate=first_evaluation, eval_every=eval_every)
+n_steps = max(1, round(epochs * epoch_samples / global_batch_size))
+sampler = mixture(n_steps)
+if rank == 0:
+    print(f'an epoch goes through {passes_line(sampler, epochs)}')
+    print(f'{n_steps} steps of {global_batch_size}; repeat exactly with --epoch_samples={epoch_samples}')
 
 # the loop
 log = Log(out / 'log.jsonl', step if resume else None, active=rank == 0, writer=board)

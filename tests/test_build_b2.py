@@ -470,6 +470,8 @@ def test_a_shard_damaged_on_its_way_to_disk_fails(build, tmp_path, monkeypatch):
     assert build(tmp_path)[0] == 1
     assert 'share of shards with the right sha256 and token space' in failed(tmp_path)
     assert 'train-00002' in json.loads((tmp_path / 'report.json').read_text())['wrong_shards'][0]
+    share = json.loads((tmp_path / 'gates.json').read_text())['gates'][0]['value']
+    assert 0.9 < share < 1
 
 
 def test_a_codec_that_changes_its_mind_fails(build, tmp_path, monkeypatch):

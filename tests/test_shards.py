@@ -4,7 +4,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import damage, on_two_ranks
+from conftest import damage, on_two_ranks, run_here
 from safetensors import safe_open
 from test_common import no_file_larger_than
 from test_data import TEXT_ONLY, Letters, one_line
@@ -405,6 +405,16 @@ def test_ranks_share_the_comparing_and_all_say_what_is_wrong(tmp_path):
     assert on_two_ranks(read, 'damaged') == [0, 0]
     said = [(tmp_path / f'damaged {rank}').read_text() for rank in (0, 1)]
     assert said[0] == said[1] and 'train-00001.safetensors: sha256' in said[0]
+
+
+def test_shards_of_random_codes_are_made_once_and_measured(tmp_path):
+    sizes = ('--pictures=40', '--clips=20', '--picture_side=2', '--clip_frames=1', '--shard_media=16', '--held_out=8',
+             '--global_batch_size=8', '--n_steps=3')
+    for _ in range(2):
+        code, printed = run_here('tools/many_shards.py', f'--out_dir={tmp_path}/many', *sizes)
+        assert code == 0 and 'rank 0: 40 of i2t, 20 of a2t, 40 of t2i, 20 of t2a: start ' in printed
+        made = {path.name: path.stat().st_mtime_ns for path in (tmp_path / 'many').iterdir()}
+    assert len(made) == 2 * (4 + 1 + 8) + 3 and read_shards(tmp_path / 'many', 'eval')[0].modality == 'image'
 
 
 def test_texts_are_named_by_their_line_and_one_of_one_id_is_refused(tmp_path):
