@@ -7,8 +7,8 @@ a function of (settings, step): there is no state to save, and any number of ran
 Letters: B examples, T tokens of all examples together, L tokens of the longest, M labels, N image tokens, P patches.
 """
 import hashlib
+import inspect
 import os
-import stat
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -17,26 +17,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from common import canonical, read_sealed, sha256_file, write_sealed
+import lists
+from common import canonical, in_parts, read_sealed, sha256_file, write_sealed
+from examples import HASH_DIGITS, Chosen, Example, Examples, Pictures, image_sizes, in_hash_order, media_key
 from lists import Item, shown
 from media import BadSample
 
 # -----------------------------------------------------------------------------
 # examples: ids and labels, assembled turn by turn
-
-
-@dataclass(frozen=True)
-class Example:
-    """A training sample as ids. A label is predicted from the position before it."""
-    item: Item                         # or a Record of shards.py
-    ids: np.ndarray                    # int32 (tokens,)
-    label_positions: np.ndarray        # int32, positions whose id is a label
-    image_start: int                   # position of the first image pad, or -1
-    truncated: bool
-    label_ranges: np.ndarray | None = None   # int16, the range of the token space that each label is from; None: text
-
-    def __len__(self):
-        return len(self.ids)
 
 
 class ChatTemplate:
@@ -45,6 +33,7 @@ class ChatTemplate:
         self.tokenizer = tokenizer
         self.num_image_tokens = num_image_tokens
         self.max_seq_len = max_seq_len
+        self.known = {}                                # {(text, whether markers in it are markers): its ids}
         names = ('<|vision_start|>', '<|vision_end|>', '<|image_pad|>', '<|im_start|>', '<|im_end|>')
         ids = dict(zip(names, tokenizer.convert_tokens_to_ids(names)))
         for name, id in ids.items():
@@ -58,9 +47,36 @@ class ChatTemplate:
             raise SystemExit(f'max_seq_len = {max_seq_len} leaves no room for text after {num_image_tokens} image '
                              'tokens')
 
-    def encode(self, text):
-        # split_special_tokens: a user's '<|image_pad|>' becomes ordinary characters, never an image
-        return self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+    def sha256(self):
+        """Over all that decides the ids of a sample: the tokenizer, the sizes, and the code that puts them together."""
+        decides = [self.tokenizer.backend_tokenizer.to_str(), self.num_image_tokens, self.max_seq_len,
+                   inspect.getsource(ChatTemplate), inspect.getsource(lists)]
+        return hashlib.sha256(canonical(decides).encode()).hexdigest()
+
+    def encode(self, text, markers=False):
+        """markers: whether '<|im_end|>' in it is the marker; else a user's '<|image_pad|>' becomes ordinary characters,
+        never an image."""
+        if (text, markers) in self.known:
+            return self.known[text, markers]
+        return self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=not markers)
+
+    def examples(self, kind, items):
+        """[Example] of Items by `kind`, 'caption' or 'chat', or of (where, text) pairs, 'text'. All their texts are
+        encoded in one call, each on its own: the ids are those that it has alone."""
+        is_text = kind == 'text'
+        texts = {'\n', 'user\n', 'assistant\n', 'system\n'}
+        for item in items:
+            texts.update([item[1]] if is_text else texts_of(item))
+        texts = sorted(texts)
+        encoded = self.tokenizer(texts, add_special_tokens=False, split_special_tokens=not is_text,
+                                 return_attention_mask=False)['input_ids']
+        self.known = {(text, is_text): ids for text, ids in zip(texts, encoded)}
+        if is_text:
+            made = [self.text(text, where) for where, text in items]
+        else:
+            made = [getattr(self, kind)(item) for item in items]
+        self.known = {}
+        return made
 
     def example(self, item, ids, label_positions, image_start):
         """Cut to max_seq_len at the end, but never in the image block: what stands before it is cut then."""
@@ -119,10 +135,19 @@ class ChatTemplate:
         """Plain text as it stands, markers in it included; every id after the first is a label, and one line ends the
         run when there is none. where: its file and line, which are its id."""
         item = Item(where, None, (('', text),))
-        ids = self.tokenizer.encode(text, add_special_tokens=False)    # here a marker is the marker
+        ids = self.encode(text, markers=True)
         if len(ids) < 2:
             raise SystemExit(f'{where}: text is {shown(text)}, one token, which leaves nothing to predict; remove it')
         return self.example(item, ids, range(1, len(ids)), image_start=-1)
+
+
+def texts_of(item):
+    """Every text of an Item that a template may encode: the first question is cut where its image stands."""
+    texts = [item.system]
+    for n, (question, answer) in enumerate(item.turns):
+        cut = item.image_offset if n == 0 else 0
+        texts += [question[:cut], question[cut:], answer]
+    return texts
 
 
 def answer_starts(example):
@@ -139,52 +164,14 @@ def answer_starts(example):
 # -----------------------------------------------------------------------------
 # held-out sets
 
-HASH_DIGITS = 12                                       # of a sample in split.json, 8 MB for LLaVA's 665,000
 N_LOOKED_AT = 64                                       # images whose bytes a resume compares: all would take too long
 ANEW = 'remove the file to choose anew, and train anew'
 
 
-def media_sha256(path, kind='file'):
-    """Of the bytes of a media file; raises BadSample for one that cannot be read, a pipe or a device among them."""
-    try:
-        if not stat.S_ISREG(os.stat(path).st_mode):    # a pipe would be waited for, a device has no end
-            raise BadSample(f'{path}: cannot read this {kind} (it is no file)')
-        return sha256_file(path)
-    except OSError as e:
-        raise BadSample(f'{path}: cannot read this {kind} ({e.strerror})')
-
-
-def media_key(item):
-    """What a split is decided by: the bytes of the image file, never the caption; the text of a sample without one."""
-    if item.image is None:
-        return hashlib.sha256(repr(item.turns).encode()).hexdigest()
-    return media_sha256(item.image, 'image')
-
-
-def media_keys(examples, bad_samples):
-    """{id: media_key} of the examples whose file can be read; the others go to bad_samples."""
-    keys = {}
-    for example in examples:
-        try:
-            keys[example.item.id] = media_key(example.item)
-        except BadSample as e:
-            bad_samples.add(example.item.id, e)
-    return keys
-
-
-def sample_hash(item):
-    """HASH_DIGITS hex digits over what a sample is: its texts, its image's path and size. Not over the image's bytes:
-    reading them all takes too long for every start."""
-    n_bytes = None
-    if item.image is not None and os.path.exists(item.image):
-        n_bytes = os.path.getsize(item.image)
-    content = canonical([item.id, item.image, n_bytes, item.turns, item.system, item.image_offset])
-    return hashlib.sha256(content.encode()).hexdigest()[:HASH_DIGITS]
-
-
-def sample_hashes(examples):
-    """The sample_hash of each example, in their order, as one text: where two differ is which sample differs."""
-    return ''.join(sample_hash(example.item) for example in examples)
+def sample_hashes(examples, sizes=None):
+    """The sample_hash of each example, in their order, as one text: where two differ is which sample differs. sizes: of
+    image_sizes, where they are known."""
+    return Examples.of(examples).hashes(image_sizes(examples) if sizes is None else sizes)
 
 
 def data_fingerprint(examples, split_path):
@@ -223,13 +210,15 @@ def length_buckets(counts, edges):
 
 def label_thirds(examples):
     """The bucket edges that cut the examples into three parts of like size."""
-    counts = [len(example.label_positions) for example in examples] or [0]
+    counts = Examples.of(examples).columns['n_labels']
+    if not len(counts):
+        return [0, 0]
     return [int(edge) for edge in np.quantile(counts, [1 / 3, 2 / 3], method='lower')]
 
 
 def choose_split(examples, n_eval, n_golden, bucket_edges, path, bad_samples, read):
-    """Write `path`, the choice of eval and golden ids and of every id held out of training, unless it is there and was
-    asked for the same. Rank 0.
+    """Write `path`, the choice of eval and golden ids and of every id held out of training, unless it is there, was
+    asked for the same and is of the same data. Rank 0.
 
     eval and golden are balanced over the three length buckets, as far as each has so many; a picture that is in one of
     them, by its bytes, is in no other set. bucket_edges: () for label_thirds. read(path) decodes an image: a held-out
@@ -243,52 +232,38 @@ def choose_split(examples, n_eval, n_golden, bucket_edges, path, bad_samples, re
                 raise SystemExit(f'{path} was chosen with {name} = {had}, this run has {settings.get(name)}: {ANEW}')
         require_same_data(chosen, examples, path)
         return
-    keys = media_keys(examples, bad_samples)
-    edges = list(bucket_edges) or label_thirds(examples)
-    used_keys = set()
-
-    def eligible(example, buckets):
-        whole = example.item.id in keys and not example.truncated and len(example.label_positions)
-        return whole and example.image_start >= 0 and bucket_of(len(example.label_positions), edges) in buckets
+    pictures = Pictures(examples, bad_samples)
+    columns = pictures.examples.columns
+    n_labels = columns['n_labels']
+    eligible = pictures.is_there & (columns['truncated'] == 0) & (n_labels > 0) & (columns['image_starts'] >= 0)
+    edges = list(bucket_edges) or label_thirds(pictures.examples)
+    bucket_of_each = bucket_of(n_labels, edges)
+    ids = list(pictures.examples.ids())
+    # a hash decides, not the list's order: adding samples moves few of the others
+    order = in_hash_order(ids, np.flatnonzero(eligible), 'choice')
 
     def choose(n, buckets):
-        """Up to n ids of some buckets in the order of a hash, each with a picture of its own that is whole."""
-        pool = [example for example in examples if eligible(example, buckets)]
-        # a hash decides, not the list's order: adding samples moves few of the others
-        pool.sort(key=lambda e: hashlib.sha256(f'{keys[e.item.id]} {e.item.id}'.encode()).digest())
-        ids = []
-        for example in pool:
-            id = example.item.id
-            if len(ids) == n:
+        """Up to n examples of some buckets, by their numbers, each with a picture of its own that is whole."""
+        numbers = []
+        for i in order[np.isin(bucket_of_each[order], buckets)].tolist():
+            if len(numbers) == n:
                 break
-            if keys[id] in used_keys:
-                continue
-            try:
-                read(example.item.image)
-            except BadSample as e:
-                bad_samples.add(id, e)
-                continue
-            used_keys.add(keys[id])                    # no other item with this picture
-            ids.append(id)
-        return ids
+            if pictures.take(i, read):
+                numbers.append(i)
+        return numbers
 
     chosen = {'settings': settings, 'edges': edges}
     for name, n in ('golden', n_golden), ('eval', n_eval):
         third = n // 3
-        ids = []
+        numbers = []
         for bucket, share in enumerate((third, third, n - 2 * third)):
-            ids += choose(share, [bucket])
-        ids += choose(n - len(ids), [0, 1, 2])         # for what a bucket had too few of
+            numbers += choose(share, [bucket])
+        numbers += choose(n - len(numbers), [0, 1, 2])         # for what a bucket had too few of
         # in the order of another hash, so that any part of the set is a fair one
-        chosen[name] = sorted(ids, key=lambda id: hashlib.sha256(f'order {id}'.encode()).digest())
-    held_out = []                                      # also every other caption of a picture that is held out
-    for example in examples:
-        id = example.item.id
-        if id not in keys or keys[id] in used_keys:
-            held_out.append(id)
-    chosen['held_out'] = held_out
-    chosen['media_sha256'] = {id: keys[id] for id in chosen['eval'] + chosen['golden']}
-    chosen['fingerprint'] = sample_hashes(examples)
+        chosen[name] = [ids[i] for i in in_hash_order(ids, numbers, 'order')]
+    chosen['held_out'] = [ids[i] for i in pictures.held_out()]
+    chosen['media_sha256'] = {ids[i]: key for i, key in sorted(pictures.taken.items())}
+    chosen['fingerprint'] = sample_hashes(pictures.examples, pictures.sizes)
     write_sealed(path, chosen)
 
 
@@ -299,28 +274,36 @@ def read_split(path):
 def require_same_data(chosen, examples, path):
     """Exit, naming the first sample that differs, when a split was chosen from other samples than these."""
     had = chosen['fingerprint']
+    examples = Examples.of(examples)
     found = sample_hashes(examples)
     if found != had:
         n = len(os.path.commonprefix([had, found])) // HASH_DIGITS     # the first sample that differs
-        name = repr(examples[n].item.id) if n < len(examples) else 'which is gone'
+        name = repr(examples.item(n).id) if n < len(examples) else 'which is gone'
         raise SystemExit(f'{path} was chosen from other data ({len(had) // HASH_DIGITS} samples, now {len(examples)}): '
                          f'the first that differs is number {n}, {name}; restore it, or {ANEW}')
-    for example in examples:
-        sha256 = chosen['media_sha256'].get(example.item.id)
-        if sha256 is not None and media_key(example.item) != sha256:
-            raise SystemExit(f'{path} was chosen from other data: {example.item.image}, the image of '
-                             f'{example.item.id!r}, has changed; restore it, or {ANEW}')
+    for i, id in enumerate(examples.ids()):
+        sha256 = chosen['media_sha256'].get(id)
+        if sha256 is not None and media_key(examples.item(i)) != sha256:
+            raise SystemExit(f'{path} was chosen from other data: {examples.item(i).image}, the image of {id!r}, has '
+                             f'changed; restore it, or {ANEW}')
 
 
 def load_split(examples, path, n_eval):
-    """(train, eval, golden, bucket edges), three lists of examples, as choose_split wrote it. Exits when it was chosen
-    from other data."""
+    """(train, eval, golden, bucket edges) as choose_split wrote it: lists of examples; Chosen of them to train on, if
+    they are Examples."""
     chosen = read_split(path)
-    by_id = {example.item.id: example for example in examples}
     held_out = set(chosen['held_out'])
-    train_set = [example for example in examples if example.item.id not in held_out]
-    eval_set = [by_id[id] for id in chosen['eval']]
-    golden_set = [by_id[id] for id in chosen['golden']]
+    places = {}                                        # {id of a held-out example: its number}
+    kept = []
+    ids = examples.ids() if isinstance(examples, Examples) else [example.item.id for example in examples]
+    for i, id in enumerate(ids):
+        if id in held_out:
+            places[id] = i
+        else:
+            kept.append(i)
+    train_set = Chosen((examples, kept)) if isinstance(examples, Examples) else [examples[i] for i in kept]
+    eval_set = [examples[places[id]] for id in chosen['eval']]
+    golden_set = [examples[places[id]] for id in chosen['golden']]
     if not train_set or len(eval_set) < 8:
         raise SystemExit(f'{len(examples)} samples leave {len(train_set)} to train on and {len(eval_set)} of {n_eval} '
                          'to evaluate on: add data or lower n_eval and n_golden')
@@ -449,10 +432,10 @@ latest_orders = {}                                     # (n, seed): (epoch, orde
 
 
 def epoch_order(n, epoch, seed):
-    """A permutation of n. The latest of each (n, seed) is kept: one for each task, 80 MB for ten million examples."""
+    """A permutation of n. The latest of each (n, seed) is kept: one for each task, 40 MB for ten million examples."""
     had_epoch, order = latest_orders.get((n, seed), (None, None))
     if had_epoch != epoch:
-        order = np.random.default_rng([seed, epoch]).permutation(n)
+        order = np.random.default_rng([seed, epoch]).permutation(n).astype(np.int32)
         latest_orders[n, seed] = epoch, order
     return order
 
@@ -476,6 +459,18 @@ class ShuffledSampler:
         for k in range(first, first + self.global_batch_size):
             chosen.append(self.examples[shuffled_index(len(self.examples), k, self.seed)])
         return sorted(chosen, key=len, reverse=True)
+
+
+def deal(examples, n):
+    """[[Example]], n parts of a step's examples, longest first, with like numbers of tokens: each goes to the part that
+    has the fewest so far. In a part they keep their order."""
+    parts = [[] for _ in range(n)]
+    n_tokens = [0] * n
+    for example in examples:
+        k = n_tokens.index(min(n_tokens))
+        parts[k].append(example)
+        n_tokens[k] += len(example)
+    return parts
 
 
 def image_reader(read, cache=None):
@@ -528,11 +523,11 @@ class Loader:
         return torch.from_numpy(np.stack(list(self.readers.map(self.get_image, examples))))
 
     def rank_batches(self, examples, micro_batch_size, rank, world_size):
-        """This rank's part of a step's examples: every world_size-th micro-batch."""
+        """This rank's part of a step's examples, in the order of their lengths, as micro-batches."""
         batches = []
-        # micro-batches are given out in turn: neighbours have like lengths, so that ranks have like work
-        for first in range(rank * micro_batch_size, len(examples), world_size * micro_batch_size):
-            batch = self.collate(examples[first:first + micro_batch_size])
+        mine = deal(examples, world_size)[rank]
+        for part in in_parts(mine, micro_batch_size):
+            batch = self.collate(part)
             if batch is not None:
                 batches.append(batch)
         return batches

@@ -2,7 +2,11 @@
 Lists of samples as people's programs write them, JSON and JSONL, and what is in them: ids, texts, chats, image paths.
 """
 import codecs
+import io
 import json
+import os
+import re
+import stat
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,46 +19,96 @@ from media import BadSample
 
 def parse_json(text):
     """json.loads that refuses duplicate keys with a ValueError. NaN is taken: it is a wrong value where it is used."""
-    def unique(pairs):
-        keys = [key for key, _ in pairs]               # Python's own parser keeps the last and says nothing
-        if len(set(keys)) < len(keys):
-            raise ValueError(f'key {max(keys, key=keys.count)!r} stands twice in one object')
-        return dict(pairs)
-    return json.loads(text, object_pairs_hook=unique)
+    return json.loads(text, object_pairs_hook=unique_keys)
+
+
+def unique_keys(pairs):
+    found = dict(pairs)                                # Python's own parser keeps the last and says nothing
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f'key {max(keys, key=keys.count)!r} stands twice in one object')
+    return found
+
+
+def json_values(file, block=1 << 22):
+    """The values of a JSON list in a file of text, one after the other: no more than a block of it is in memory. Raises
+    a ValueError or a RecursionError, after some values or before, when it is not a whole list."""
+    decoder = json.JSONDecoder(object_pairs_hook=unique_keys)
+    space = re.compile(r'[ \t\n\r]*')
+    text = ''
+    at = 0
+    mark = '['                                         # what comes before a value: '[', then ','
+    while True:
+        at = space.match(text, at).end()
+        if text[at:at + 1] == ']' and mark == ',':
+            break
+        try:
+            if text[at:at + 1] != mark:
+                raise ValueError(f'no {mark}')
+            start = space.match(text, at + 1).end()
+            if text[start:start + 1] == ']' and mark == '[':
+                at = start
+                break
+            value, end = decoder.raw_decode(text, start)
+            end = space.match(text, end).end()
+            if text[end:end + 1] not in (',', ']'):    # '' too: a number may go on in the next block
+                raise ValueError('no , and no ]')
+        except ValueError:
+            more = file.read(block)
+            if not more:
+                raise
+            text = text[at:] + more
+            at = 0
+            continue
+        yield value
+        at = end
+        mark = ','
+    if text[at + 1:].strip(' \t\n\r') or file.read().strip(' \t\n\r'):
+        raise ValueError('something follows')
 
 
 def read_list(path, kind):
-    """The bytes of a list without a byte order mark. kind: what it is called in the line when it cannot be read."""
+    """A list as an open file of bytes, after its byte order mark. kind: what it is called in the line when it cannot
+    be read."""
     try:
-        return Path(path).read_bytes().removeprefix(codecs.BOM_UTF8)
+        file = open(path, 'rb')
+        if file.read(3) != codecs.BOM_UTF8:
+            file.seek(0)
     except OSError as e:
         raise SystemExit(f'{path}: cannot read this {kind} ({e.strerror}); is the path right?')
+    return file
 
 
-def json_list(content, path):
-    """[(where, value)] of the values of a JSON list; exits with one line when it is not one."""
+def json_list(file, path):
+    """(where, value) of each value of a JSON list, of read_list; exits with one line when it is not one."""
+    with file:
+        text = io.TextIOWrapper(file, encoding='utf-8', newline='')
+        try:
+            for n, value in enumerate(json_values(text)):
+                yield f'{path}, sample {n}', value
+            return
+        except (ValueError, RecursionError):
+            pass                                       # what is wrong, in the words of Python's parser
     try:
-        values = parse_json(content.decode())
+        values = parse_json(Path(path).read_text(encoding='utf-8-sig'))
     except (ValueError, RecursionError) as e:
         raise SystemExit(f'{path}: not valid JSON: {e}')
-    if not isinstance(values, list):
-        raise SystemExit(f'{path}: found {shown(values)}, wanted a list of samples or a sample on each line')
-    return [(f'{path}, sample {n}', value) for n, value in enumerate(values)]
+    raise SystemExit(f'{path}: found {shown(values)}, wanted a list of samples or a sample on each line')
 
 
-def json_lines(content, path):
-    """[(where, value)] of the lines of JSONL that are not blank; the value of one that is not JSON is a BadSample."""
-    found = []
-    for n, line in enumerate(content.split(b'\n'), 1):    # at nothing else: U+2028 may stand inside a text
-        if not line.strip():
-            continue
-        where = f'{path}:{n}'
-        try:
-            value = parse_json(line.decode('utf-8-sig'))   # lists joined by cat have a mark in the middle
-        except (ValueError, RecursionError) as e:
-            value = BadSample(f'{where}: not valid JSON: {e}')
-        found.append((where, value))
-    return found
+def json_lines(file, path):
+    """(where, value) of each line of JSONL that is not blank, of read_list; the value of one that is not JSON is a
+    BadSample."""
+    with file:
+        for n, line in enumerate(file, 1):             # at nothing but line feeds: U+2028 may stand inside a text
+            if not line.strip():
+                continue
+            where = f'{path}:{n}'
+            try:
+                value = parse_json(line.decode('utf-8-sig'))   # lists joined by cat have a mark in the middle
+            except (ValueError, RecursionError) as e:
+                value = BadSample(f'{where}: not valid JSON: {e}')
+            yield where, value
 
 
 def shown(value):
@@ -83,20 +137,50 @@ def require_text(text, where):
     return text
 
 
+class Root:
+    """A folder that the paths of a list stay inside. Where it is, and where the folders in it are, is looked up once:
+    links may lead elsewhere."""
+    def __init__(self, folder):
+        self.folder = Path(folder)
+        self.real = os.path.realpath(folder)
+        self.inside = {}                               # {folder: whether it is in the root}
+        self.links_out = []                            # paths that were found to lead out
+
+    def holds(self, path):
+        """Whether a path, links followed, is in the root. Raises ValueError for one that no file can have."""
+        folder = os.path.dirname(path)
+        if folder not in self.inside:
+            self.inside[folder] = self.is_real_path_inside(folder)
+        try:
+            is_link = stat.S_ISLNK(os.lstat(path).st_mode)
+        except OSError:                                # not there: whoever opens it will say so
+            is_link = False
+        return self.is_real_path_inside(path) if is_link else self.inside[folder]
+
+    def is_real_path_inside(self, path):
+        real = os.path.realpath(path)
+        return real == self.real or real.startswith(self.real.rstrip('/') + '/')
+
+    def path(self, name, where, kind='image'):
+        """The path of this name, which stays inside; else BadSample. where: the sample, for the line."""
+        if not isinstance(name, str) or not name:
+            raise BadSample(f'{where}: {kind} is {shown(name)}, wanted a path relative to the {kind} root')
+        if '://' in name or os.path.isabs(name) or '..' in name.split('/'):
+            raise BadSample(f'{where}: {kind} {name!r} leaves the {kind} root, wanted a relative path without ..')
+        path = str(self.folder / name)
+        try:
+            is_inside = self.holds(path)
+        except ValueError as e:
+            raise BadSample(f'{where}: {kind} {name!r} is no file name ({e})')
+        if not is_inside:
+            self.links_out.append(path)
+            raise BadSample(f'{where}: {kind} {name!r} is a link out of the {kind} root')
+        return path
+
+
 def path_inside(root, name, where, kind='image'):
     """root / name as a path that stays inside root; else BadSample. where: the sample, for the line."""
-    if not isinstance(name, str) or not name:
-        raise BadSample(f'{where}: {kind} is {shown(name)}, wanted a path relative to the {kind} root')
-    if '://' in name or Path(name).is_absolute() or '..' in Path(name).parts:
-        raise BadSample(f'{where}: {kind} {name!r} leaves the {kind} root, wanted a relative path without ..')
-    path = Path(root) / name
-    try:
-        is_inside = path.resolve().is_relative_to(Path(root).resolve())   # links followed
-    except ValueError as e:
-        raise BadSample(f'{where}: {kind} {name!r} is no file name ({e})')
-    if not is_inside:
-        raise BadSample(f'{where}: {kind} {name!r} is a link out of the {kind} root')
-    return str(path)
+    return Root(root).path(name, where, kind)
 
 
 class UniqueIds:
@@ -131,18 +215,23 @@ def id_of(record, n, where):
 def read_records(records, read, bad_samples):
     """[read(record, its unique id, where)] of records, [(where, record)]; those that are wrong go to bad_samples, which
     says when it is too much."""
+    return list(good_records(records, read, bad_samples))
+
+
+def good_records(records, read, bad_samples):
+    """The same, one after the other."""
     unique = UniqueIds()
-    items = []
     for n, (where, record) in enumerate(records):
         id = str(n)
         try:
             if isinstance(record, BadSample):
                 raise record
             id = unique(id_of(record, n, where))
-            items.append(read(record, id, f'{where} (id {id!r})'))
+            item = read(record, id, f'{where} (id {id!r})')
         except BadSample as e:
             bad_samples.add(id, e, key=where)
-    return items
+            continue
+        yield item
 
 
 # -----------------------------------------------------------------------------
@@ -161,7 +250,13 @@ class Item:
 
 
 def read_llava(path, image_root, bad_samples, captions=False):
-    """LLaVA's JSON or JSONL -> [Item]. captions: the human turn of LLaVA-Pretrain is a prompt that is not used.
+    """[Item] of a list: see llava_items."""
+    return list(llava_items(path, Root(image_root), bad_samples, captions=captions))
+
+
+def llava_items(path, root, bad_samples, captions=False):
+    """LLaVA's JSON or JSONL -> one Item after the other. root: a Root, for its images. captions: the human turn of
+    LLaVA-Pretrain is a prompt that is not used.
 
     [{"id"?, "image"?, "conversations": [{"from": "system", "value": "..."}?,
                                          {"from": "human", "value": "<image>\\n..."},
@@ -169,19 +264,30 @@ def read_llava(path, image_root, bad_samples, captions=False):
     A sample that is wrong goes to bad_samples.
     """
     def read(record, id, where):
-        return read_llava_item(record, id, where, image_root=image_root, captions=captions)
+        return read_llava_item(record, id, where, root=root, captions=captions)
 
-    content = read_list(path, 'data set')
-    first_line = content.lstrip().split(b'\n', 1)[0].strip()
-    is_lines = first_line[:1] == b'{' and first_line[-1:] == b'}'      # both endings of names are used for both
-    records = json_lines(content, path) if is_lines else json_list(content, path)
-    items = read_records(records, read, bad_samples)
-    if not items:
+    file = read_list(path, 'data set')
+    records = json_lines(file, path) if is_json_lines(file) else json_list(file, path)
+    n_items = 0
+    for item in good_records(records, read, bad_samples):
+        n_items += 1
+        yield item
+    if not n_items:
         raise SystemExit(f'{path}: no usable sample in it')
-    return items
 
 
-def read_llava_item(record, id, where, image_root, captions):
+def is_json_lines(file):
+    """Whether the first line that is not blank is an object; the ending of the name does not tell. Reads nothing."""
+    start = file.tell()
+    line = b'\n'
+    while line and not line.strip():
+        line = file.readline(1 << 26)                  # a list without a line feed is a line too
+    file.seek(start)
+    line = line.strip()
+    return line[:1] == b'{' and line[-1:] == b'}'
+
+
+def read_llava_item(record, id, where, root, captions):
     image = record.get('image')
     if isinstance(image, list):
         if len(image) > 1:
@@ -190,7 +296,7 @@ def read_llava_item(record, id, where, image_root, captions):
     if record.get('video'):
         raise BadSample(f'{where}: a video, wanted an image')
     if image is not None:
-        image = path_inside(image_root, image, where)
+        image = root.path(image, where)
     system, turns = read_turns(record.get('conversations'), where)
     turns[0], image_offset = place_image(turns, image, where)
     if not captions:
@@ -247,19 +353,24 @@ def place_image(turns, image, where):
     return (question, answer), min(len(before), len(question))
 
 
-def read_text_lines(path):
-    """JSONL with one {"text": ...} a line -> [(where, text)]; exits with one line at the first that has none."""
-    found = []
+def text_lines(path):
+    """JSONL with one {"text": ...} a line -> one (where, text) after the other; exits with one line at the first that
+    has none."""
+    is_empty = True
     for where, record in json_lines(read_list(path, 'text file'), path):
         if isinstance(record, BadSample):
             raise record
         if not isinstance(record, dict) or 'text' not in record:
             raise SystemExit(f'{where}: found no "text", wanted lines of {{"text": ...}}')
-        found.append((where, require_text(record['text'], where)))
-    if not found:
+        is_empty = False
+        yield where, require_text(record['text'], where)
+    if is_empty:
         raise SystemExit(f'{path}: holds no text')
-    return found
+
+
+def read_text_lines(path):
+    return list(text_lines(path))
 
 
 def read_texts(path):
-    return [text for _, text in read_text_lines(path)]
+    return [text for _, text in text_lines(path)]

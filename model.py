@@ -14,6 +14,7 @@ import math
 import os
 import signal
 import warnings
+from collections.abc import Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
@@ -29,7 +30,9 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from transformers.utils import cached_file, logging
 
-from common import first_line, in_parts, progress, read_sealed, sha256_file, sha256_tensors, write_sealed
+from common import (
+    all_gather, barrier, first_line, in_parts, progress, read_sealed, sha256_file, sha256_tensors, write_sealed)
+from examples import picture_keys, remember_pictures
 from media import BadSample
 
 # -----------------------------------------------------------------------------
@@ -451,59 +454,135 @@ def lora(llm, r, alpha, dropout, targets):
 # the tower's features, each image once
 
 
-@torch.no_grad()
-def cache_features(folder, tower, paths, read, device, batch_size=64):
-    """Patch features of image files: fp16, memory-mapped, {path: (P, Dv) array}. Unreadable images are left out.
+PART = 1024                                            # pictures in a file: what a kill can cost
 
-    The file's name is a sha256 over the tower's weights, its layer and every image's bytes: other inputs, other file.
-    Two processes that want the same one wait for each other; a finished one is only read. A signal ends the run at
-    once, there is nothing to save yet. read: a partial of read_image.
+
+class Features(Mapping):
+    """{path: fp16 (P, Dv)} of cached features, memory-mapped."""
+    def __init__(self, tables, places):
+        self.tables = tables                           # [(pictures, P, Dv)]
+        self.places = places                           # {path: PART * its table + its row}
+
+    def __getitem__(self, path):
+        table, row = divmod(self.places[path], PART)
+        return self.tables[table][row]
+
+    def __iter__(self):
+        return iter(self.places)
+
+    def __len__(self):
+        return len(self.places)
+
+
+@torch.no_grad()
+def cache_features(folder, tower, paths, read, device, batch_size=64, max_gb=math.inf, rank=0, world_size=1):
+    """Features of image files; unreadable images are left out. None, in words, when they would be larger than max_gb.
+
+    A picture is known by its bytes, features by those, the tower's weights, its layer and the preprocessing: only what
+    is new is computed, a part by each rank. Processes that want the same part wait for each other; a finished one is
+    only read. A signal ends the run at once: finished parts stay. read: a partial of read_image.
     """
     with ended_by_signals('the features of the tower were not finished'):
-        paths = sorted({str(path) for path in paths if Path(path).is_file()})
-        if not paths:
-            return {}
-        file = Path(folder) / f'features-{features_key(tower, paths, read)}.npy'
-        seal = file.with_suffix('.json')               # written last: where both are, the features are whole
-        if not (seal.exists() and file.exists()):
-            try:
-                file.parent.mkdir(parents=True, exist_ok=True)
-                with FileLock(f'{file}.lock'):
-                    if not (seal.exists() and file.exists()):   # else another process has written it meanwhile
-                        write_features(file, tower, paths, read=read, device=device, batch_size=batch_size)
-            except OSError as e:
-                raise SystemExit(f'{file}: cannot write the features of the tower here ({e.strerror or e}); set '
-                                 "feature_cache to another folder, or to ''")
-        sealed = read_sealed(seal, 'stage A1 or A2')
-        if sealed.get('features_sha256') != sha256_file(file):
-            raise SystemExit(f'{file}: its sha256 is not that in {seal.name}; remove both, a run makes them anew')
-    table = np.load(file, mmap_mode='r')                                                        # (images, P, Dv)
-    broken = set(sealed['broken'])
-    return {path: table[k] for k, path in enumerate(paths) if k not in broken}
+        paths = sorted(map(str, set(paths)))
+        picture_bytes = 2 * tower.side ** 2 * tower.width
+        n_bytes = picture_bytes * len(paths)
+        if n_bytes > 1e9 * max_gb:
+            if rank == 0:
+                print(f'{folder}: the features of {len(paths):,} pictures would take {n_bytes / 1e9:,.3g} GB, more '
+                      f'than feature_cache_gb = {max_gb:g}: none are kept, the tower runs every step')
+            return None
+        keys, new_stamps = picture_keys(paths, folder, rank=rank, world_size=world_size)
+        hexes = [key.tobytes().hex() if key.any() else None for key in keys]
+        pictures = {key: path for key, path in zip(hexes, paths) if key}       # each once
+        name = f'features-{tower_key(tower, read)}'
+        # at first each rank makes its parts; on machines with disks of their own those of the others are still missing
+        for share in slice(rank, None, world_size), slice(None):
+            missing = sorted(pictures.keys() - known_features(folder, name).keys())
+            if not max(all_gather(len(missing))):      # and so nobody writes while another one still looks
+                break
+            if rank == 0:
+                print(f'{folder}: features of {len(missing):,} of {len(pictures):,} pictures are not there yet, '
+                      f'{picture_bytes * len(missing) / 1e9:,.3g} GB', flush=True)
+            for part in in_parts(missing, PART)[share]:
+                make_part(folder, name, tower, {key: pictures[key] for key in part}, read=read, device=device,
+                          batch_size=batch_size)
+            barrier()
+        if new_stamps is not None and pictures:
+            remember_pictures(paths, folder, new_stamps, keys)
+        return open_features(folder, name, dict(zip(paths, hexes)))
 
 
-def features_key(tower, paths, read):
+def tower_key(tower, read):
+    """Over what decides features besides the picture: the tower's weights, its layer, the preprocessing."""
     weights = sha256_tensors([*tower.state_dict().items(), ('mean', tower.mean), ('std', tower.std)])
-    key = hashlib.sha256(weights.encode())
-    key.update(f'{tower.layer} {getattr(read, "keywords", None)}'.encode())   # the keywords: size and resample
-    for path in paths:
-        try:
-            key.update(sha256_file(path).encode())
-        except OSError:                                # not ours to read: left out below
-            key.update(b'unreadable')
-    return key.hexdigest()[:24]
+    # the keywords: size and resample
+    return hashlib.sha256(f'{weights} {tower.layer} {getattr(read, "keywords", None)}'.encode()).hexdigest()[:16]
 
 
-def write_features(file, tower, paths, read, device, batch_size):
-    """The file of cache_features, and beside it, sealed, its sha256 and the indices of images that cannot be read."""
+def known_features(folder, name):
+    """{sha256 of a picture: (the file of its features, its row, -1 for a picture that cannot be decoded)}."""
+    known = {}
+    for seal in sorted(Path(folder).glob(f'{name}-*.json')):
+        file = seal.with_suffix('.npy')
+        if file.exists():
+            sealed = read_sealed(seal, 'stage A1 or A2')
+            require_features(file, sealed)
+            broken = set(sealed['broken'])
+            for row, key in enumerate(sealed['pictures']):
+                known[key] = (file, -1 if row in broken else row)
+    return known
+
+
+def require_features(file, sealed):
+    """Exit with one line when a file is not the one that was sealed. Its bytes are read only when its size or time is
+    another one: a cache may be larger than what a start should read."""
+    if [file.stat().st_size, file.stat().st_mtime_ns] == sealed.get('stamp'):
+        return
+    if sealed.get('features_sha256') != sha256_file(file):
+        raise SystemExit(f'{file}: its sha256 is not that in {file.with_suffix(".json").name}; remove both, a run '
+                         'makes them anew')
+
+
+def open_features(folder, name, key_of):
+    """Features of the paths, {path: sha256 of the picture}, that have any."""
+    known = known_features(folder, name)
+    files = sorted({known[key][0] for key in key_of.values() if key in known})
+    first_place = {file: PART * n for n, file in enumerate(files)}
+    places = {}
+    for path, key in key_of.items():
+        file, row = known.get(key, (None, -1))
+        if row >= 0:
+            places[path] = first_place[file] + row
+    return Features([np.load(file, mmap_mode='r') for file in files], places)
+
+
+def make_part(folder, name, tower, pictures, read, device, batch_size):
+    """The features of some pictures, {sha256: path}, in a file of their own, unless another process has made it."""
+    part = hashlib.sha256(''.join(pictures).encode()).hexdigest()[:12]
+    file = Path(folder) / f'{name}-{part}.npy'
+    seal = file.with_suffix('.json')                   # written last: where both are, the features are whole
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f'{file}.lock'):
+            if not (seal.exists() and file.exists()):
+                write_features(file, tower, pictures, read=read, device=device, batch_size=batch_size)
+    except OSError as e:
+        raise SystemExit(f'{file}: cannot write the features of the tower here ({e.strerror or e}); set '
+                         "feature_cache to another folder, or to ''")
+
+
+def write_features(file, tower, pictures, read, device, batch_size):
+    """The file of make_part, and beside it, sealed, what is in it: the pictures in the order of the rows, the rows of
+    those that cannot be decoded."""
     file.unlink(missing_ok=True)                       # one without a seal takes the place of the new one
     beside = file.with_name(f'.{file.name}')           # we hold its lock: what a kill has left there is ours
+    paths = list(pictures.values())
     shape = (len(paths), tower.side ** 2, tower.width)
     broken = []
     try:
         with open(beside, 'wb') as f:
             np.lib.format.write_array_header_1_0(f, {'descr': '<f2', 'fortran_order': False, 'shape': shape})
-            # a disk that is too small is met here, and not after hours
+            # a disk that is too small is met here, and not in the middle
             os.posix_fallocate(f.fileno(), f.tell(), 2 * math.prod(shape))
             for part in progress(in_parts(range(len(paths)), batch_size), 'tower features'):
                 features, unreadable = features_of(part, tower, paths, read=read, device=device)
@@ -514,7 +593,9 @@ def write_features(file, tower, paths, read, device, batch_size):
         os.replace(beside, file)
     finally:
         beside.unlink(missing_ok=True)
-    write_sealed(file.with_suffix('.json'), {'broken': broken, 'features_sha256': sha256_file(file)})
+    stamp = [file.stat().st_size, file.stat().st_mtime_ns]
+    write_sealed(file.with_suffix('.json'), {'broken': broken, 'features_sha256': sha256_file(file), 'stamp': stamp,
+                                             'pictures': list(pictures)})
 
 
 def features_of(part, tower, paths, read, device):

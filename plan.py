@@ -13,7 +13,7 @@ import numpy as np
 import safetensors.numpy
 
 from common import all_gather, one_line_io_errors, rank_of, read_sealed, sha256_file, write_atomic, write_sealed
-from data import media_sha256
+from examples import media_sha256
 from media import BadSample
 
 MODALITIES = ('audio', 'image')                        # as they sort

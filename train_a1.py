@@ -22,7 +22,7 @@ from common import (
     save_checkpoint, seed_everything, shutdown_ranks)
 from configure import configure
 from data import ChatTemplate, Loader, ShuffledSampler, choose_split, data_fingerprint, image_reader, load_split
-from lists import read_llava
+from examples import prepare
 from grounding import distinct, matching_sets, share_removed
 from inference import ablation_means, caption_keys, crossed_losses, image_ablation, write_predictions
 from media import BadSamples, contact_sheet, read_image
@@ -87,6 +87,7 @@ gate_own_truth = 0.05          # how much nearer captions are to their own truth
 device = 'auto'
 dtype = 'auto'                 # of frozen weights: bfloat16 where the device multiplies it; what learns is float32
 feature_cache = ''             # folder for the tower's features, each image once; '' runs the tower every step
+feature_cache_gb = 200.0       # where the features would take more than this, the tower runs every step as well
 workers = 2                    # threads that decode images
 log_every = 20
 timeout = 30.0                 # minutes that a rank waits for another one after the first step; before it, a day
@@ -114,8 +115,7 @@ board = tensorboard_writer(tensorboard)
 tokenizer = load_tokenizer(llm)
 template = ChatTemplate(tokenizer, num_image_tokens, max_seq_len)
 bad_samples = BadSamples(out / 'bad_samples.jsonl', max_bad_samples, active=rank == 0)
-items = read_llava(data_json, image_root, bad_samples, captions=True)
-examples = [template.caption(item) for item in items]
+examples = prepare('caption', data_json, template, bad_samples, rank=rank, image_root=image_root)
 preprocessing = image_settings(vision)
 read = partial(read_image, size=preprocessing['size'], resample=preprocessing['resample'])
 if rank == 0:
@@ -145,8 +145,8 @@ parts = sorted({name.split('.')[1] for name in trainable})
 norm_groups = {part: f'connector.{part}' for part in parts}   # the log has a gradient norm for each
 cache = None
 if feature_cache:
-    images = [example.item.image for example in examples]
-    cache = cache_features(feature_cache, model.tower, images, read=read, device=device)
+    cache = cache_features(feature_cache, model.tower, examples.images(), read=read, device=device,
+                           max_gb=feature_cache_gb, rank=rank, world_size=world_size)
 loader = Loader(image_reader(read, cache), num_image_tokens, bad_samples, workers)
 sampler = ShuffledSampler(train_set, global_batch_size, seed)
 if rank == 0:
@@ -333,7 +333,7 @@ if rank == 0:
     gate, _ = gates.ablation('zeros cost more than another image', losses['shuffled'], losses['zero'], counts=counts,
                              bar=0.0, min_win=0.0)
     verdicts.append(gate)
-    verdicts += gates.label_gates(examples, gate_truncated)
+    verdicts += gates.label_count_gates(*examples.label_counts(), gate_truncated)
     verdicts += gates.training_gates(declared, trainable, with_gradient, before=frozen_before,
                                      after=frozen_sha256(model, trainable))
     status = gates.conclude(out, verdicts, worth={'': worth}, losses=means)

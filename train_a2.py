@@ -28,7 +28,8 @@ from common import (
 from configure import configure
 from data import (
     ChatTemplate, Loader, ShuffledSampler, choose_split, data_fingerprint, files_fingerprint, image_reader, load_split)
-from lists import read_llava, read_text_lines, read_texts
+from examples import Chosen, prepare
+from lists import read_text_lines, read_texts
 from grounding import distinct, matching_sets, share_removed, shared_phrases
 from inference import ablation_means, caption_keys, crossed_losses, image_ablation, write_predictions
 from media import BadSamples, contact_sheet, read_image
@@ -97,6 +98,7 @@ gate_own_truth = 0.05          # how much nearer answers are to their own truth 
 device = 'auto'
 dtype = 'auto'                 # of frozen weights: bfloat16 where the device multiplies it; what learns is float32
 feature_cache = ''             # folder for the tower's features, each image once; '' runs the tower every step
+feature_cache_gb = 200.0       # where the features would take more than this, the tower runs every step as well
 workers = 2                    # threads that decode images
 log_every = 20
 timeout = 30.0                 # minutes that a rank waits for another one after the first step; before it, a day
@@ -127,8 +129,7 @@ num_image_tokens = model_args['shape']['num_image_tokens']
 tokenizer = load_tokenizer(model_args['llm'])
 template = ChatTemplate(tokenizer, num_image_tokens, max_seq_len)
 bad_samples = BadSamples(out / 'bad_samples.jsonl', max_bad_samples, active=rank == 0)
-items = read_llava(data_json, image_root, bad_samples)
-examples = [template.chat(item) for item in items]
+examples = prepare('chat', data_json, template, bad_samples, rank=rank, image_root=image_root)
 preprocessing = image_settings(model_args['vision'])
 read = partial(read_image, size=preprocessing['size'], resample=preprocessing['resample'])
 if rank == 0:
@@ -139,12 +140,9 @@ train_set, eval_set, golden_set, edges = load_split(examples, out / 'split.json'
 matching = matching_sets(caption_keys(eval_set), n_retrieval, seed)
 text_set = [template.text(text, where) for where, text in read_text_lines(text_jsonl)[:n_text]]
 if replay_jsonl:
-    replay = read_text_lines(replay_jsonl)
+    replay = prepare('text', replay_jsonl, template, bad_samples, rank=rank)
     n_replay = round(replay_share / (1 - replay_share) * len(train_set))
-    picks = np.random.default_rng(seed).integers(len(replay), size=n_replay)
-    for k in picks:
-        where, text = replay[k]
-        train_set.append(template.text(text, where))
+    train_set += Chosen((replay, np.random.default_rng(seed).integers(len(replay), size=n_replay)))
 data_seen = on_rank_0(data_fingerprint, examples, out / 'split.json')   # a resume has to see the same
 data_seen |= on_rank_0(files_fingerprint, text_jsonl=text_jsonl, replay_jsonl=replay_jsonl)
 
@@ -161,8 +159,9 @@ if frozen_before != align_meta['frozen_sha256']:
 norm_groups = {'connector': 'connector.', 'lora': 'llm.'}   # the log has a gradient norm for each
 cache = None
 if feature_cache:
-    images = [example.item.image for example in examples if example.image_start >= 0]
-    cache = cache_features(feature_cache, model.tower, images, read=read, device=device)
+    images = filter(None, examples.images())
+    cache = cache_features(feature_cache, model.tower, images, read=read, device=device, max_gb=feature_cache_gb,
+                           rank=rank, world_size=world_size)
 loader = Loader(image_reader(read, cache), num_image_tokens, bad_samples, workers)
 sampler = ShuffledSampler(train_set, global_batch_size, seed)
 if rank == 0:
@@ -370,7 +369,7 @@ if rank == 0:
     if replay_jsonl:
         shared = shared_phrases(read_texts(text_jsonl)[:n_text], read_texts(replay_jsonl)[:20_000])
     verdicts.append(gates.text_gate(text / base_text - 1, gate_text, shared))
-    verdicts += gates.label_gates(examples, gate_truncated)
+    verdicts += gates.label_count_gates(*examples.label_counts(), gate_truncated)
     verdicts.append(gates.lora_gate(names))
     verdicts += gates.training_gates(declared, trainable, with_gradient, before=frozen_before,
                                      after=frozen_sha256(model, trainable))

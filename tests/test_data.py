@@ -585,7 +585,7 @@ def test_a_step_has_the_same_examples_longest_first_for_any_number_of_ranks_and_
         wanted = Counter(str(shuffled_index(37, k, 3)) for k in range(step * 16, step * 16 + 16))
         assert Counter(ids(examples)) == wanted
         assert [len(example) for example in examples] == sorted(map(len, examples), reverse=True)
-        for world_size in 1, 2, 3:
+        for world_size in 1, 2, 3, 4:
             for micro_batch_size in 1, 5, 99:
                 batches = []
                 for rank in range(world_size):
@@ -594,6 +594,47 @@ def test_a_step_has_the_same_examples_longest_first_for_any_number_of_ranks_and_
                 assert max(len(batch.ids) for batch in batches) <= micro_batch_size
                 for batch in batches:                  # each example with its own picture
                     assert batch.images[:, 0, 0, 0].tolist() == [int(id) for id in batch.ids]
+
+
+def real_lengths(stage, n, rng):
+    """Tokens of examples as A1, A2 and B4 have them: captions, chats with an image, codes of an image or a clip."""
+    if stage == 'a1':
+        return 68 + rng.lognormal(2.7, 0.45, n).clip(4, 60)
+    if stage == 'a2':
+        n_turns = rng.choice([1, 2, 3, 4, 5], n, p=[0.6, 0.05, 0.1, 0.15, 0.1])
+        return 75 + n_turns * (25 + rng.lognormal(4.2, 0.7, n).clip(1, 400))
+    text = rng.lognormal(5.5, 0.8, n).clip(20, 2048)
+    codes = rng.choice([579, 1503, 0], n, p=[0.5, 0.4, 0.1])
+    return np.where(codes == 0, text, codes + rng.integers(8, 60, n))
+
+
+@pytest.mark.parametrize('n_ranks', [2, 4, 8])
+@pytest.mark.parametrize('stage, global_batch_size', [('a1', 256), ('a2', 128), ('b4', 128)])
+def test_the_busiest_rank_has_hardly_more_tokens_than_the_others(stage, global_batch_size, n_ranks):
+    rng = np.random.default_rng(0)
+    shares = []
+    for _ in range(30):
+        lengths = real_lengths(stage, global_batch_size, rng).astype(int)
+        longest_first = [np.empty(n) for n in sorted(lengths, reverse=True)]
+        parts = data.deal(longest_first, n_ranks)
+        tokens = [sum(len(example) for example in part) for part in parts]
+        shares.append(np.mean(tokens) / max(tokens))
+        assert sum(tokens) == lengths.sum() and sum(map(len, parts)) == global_batch_size
+        assert all(part == sorted(part, key=len, reverse=True) for part in parts)
+    assert min(shares) > 0.95 and np.mean(shares) > 0.98
+
+
+def test_examples_are_dealt_to_the_part_that_has_the_fewest_tokens_and_one_part_has_them_as_they_came(tmp_path):
+    examples = [np.empty(n) for n in (9, 7, 6, 5, 5, 1)]
+    dealt = [[len(example) for example in part] for part in data.deal(examples, 2)]
+    assert dealt == [[9, 5, 1], [7, 6, 5]]             # 9 | 7, 9 | 13, 14 | 13, 14 | 18, 15 | 18 tokens
+    [everything] = data.deal(examples, 1)
+    assert all(one is other for one, other in zip(everything, examples, strict=True))
+    examples = SAMPLER.step(0)
+    before = [ids(examples[k:k + 5]) for k in range(0, 16, 5)]     # one rank's micro-batches as they have always been
+    loader = make_loader(tmp_path)
+    assert [batch.ids for batch in loader.rank_batches(examples, 5, 0, world_size=1)] == before
+    assert [len(part) for part in data.deal(examples[:3], 4)] == [1, 1, 1, 0]
 
 
 def test_an_example_with_a_bad_picture_is_left_out_and_not_replaced(tmp_path):

@@ -131,8 +131,9 @@ def test_sample_shows_its_options():
 GROUPS = (
     ('configure', 'watch'),
     ('common',),
-    ('media',),
+    ('media', 'columns'),
     ('training', 'lists', 'codec'),
+    ('examples',),
     ('data', 'model', 'grounding'),
     ('uti',),
     ('shards',),
@@ -144,7 +145,7 @@ GROUPS = (
     ('small.models',),
     ('small.make',),
     ('small.score',),
-    ('tools', 'tools.bench', 'tools.export', 'tools.many_shards', 'tools.memory', 'tools.report'),
+    ('tools', 'tools.bench', 'tools.export', 'tools.many_shards', 'tools.memory', 'tools.report', 'tools.synthetic'),
     ('train_a1', 'sweep_a11', 'train_a2', 'build_b2', 'train_b3', 'train_b4', 'sample'),
 )
 USE_WHAT_STANDS_ABOVE_AS_A_SCRIPT = 'uti', 'gates'

@@ -7,6 +7,7 @@ import signal
 import time
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import huggingface_hub
@@ -14,15 +15,17 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import on_two_ranks
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_common import no_file_larger_than
 from transformers import AutoTokenizer, Qwen3ForCausalLM, SiglipImageProcessorPil, SiglipVisionConfig, SiglipVisionModel
 
 import codec
+import examples
 import model
 import uti
-from common import write_sealed
+from common import init_ranks, shutdown_ranks, write_sealed
 from data import ChatTemplate, Loader, collate, image_reader, padded_layout
 from lists import Item, read_llava
 from media import BadSample, BadSamples, read_image
@@ -695,6 +698,73 @@ def test_a_signal_ends_the_caching_at_once_and_leaves_nothing_half(world, galler
         assert noted == [1]                            # the handler from before is back
     finally:
         signal.signal(number, handler)
+
+
+def test_only_pictures_whose_bytes_are_new_go_through_the_tower(world, gallery, monkeypatch):
+    seen = []
+    forward = world.vlm.tower.forward
+    monkeypatch.setattr(world.vlm.tower, 'forward', lambda pixels: seen.append(len(pixels)) or forward(pixels))
+    gallery.fill(world.vlm.tower, gallery.paths[:3])
+    moved = f'{gallery.paths[1]}.moved.png'
+    Path(gallery.paths[1]).rename(moved)
+    features = gallery.fill(world.vlm.tower, [*gallery.paths, moved])
+    assert sum(seen) == 5 and sorted(features) == sorted({*gallery.paths, moved} - {gallery.paths[1]})
+    want = forward(torch.from_numpy(READ(moved))[None])[0].to(torch.float16).numpy()
+    assert np.array_equal(features[moved], want)
+
+
+def test_a_later_start_reads_neither_the_pictures_nor_the_features(world, gallery, monkeypatch):
+    """But for those that have another time or size."""
+    gallery.fill(world.vlm.tower, gallery.paths)
+    read = []
+    for module, name in (examples, 'media_sha256'), (model, 'sha256_file'):
+        real = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda path, real=real: read.append(str(path)) or real(path))
+    gallery.fill(world.vlm.tower, gallery.paths)
+    assert read == []
+    [file] = gallery.files()
+    for path in gallery.paths[2], file:
+        os.utime(path, (1, 1))
+    gallery.fill(world.vlm.tower, gallery.paths)
+    assert set(read) == {gallery.paths[2], str(file)}  # the features again at each look, the picture once
+    read.clear()
+    file.touch()
+    gallery.fill(world.vlm.tower, gallery.paths)
+    assert gallery.paths[2] not in read
+
+
+def test_a_cache_larger_than_it_may_be_is_not_made_and_says_so(world, gallery, capsys):
+    gb = 5 * 2 * world.vlm.tower.side ** 2 * world.vlm.tower.width / 1e9
+    assert gallery.fill(world.vlm.tower, gallery.paths, max_gb=0.99 * gb) is None and not gallery.folder.exists()
+    assert 'the features of 5 pictures would take' in capsys.readouterr().out
+    assert len(gallery.fill(world.vlm.tower, gallery.paths, max_gb=1.01 * gb)) == 5
+    assert 'features of 5 of 5 pictures are not there yet' in capsys.readouterr().out
+
+
+def fill_on_a_rank(gallery, tower, folder):
+    """A rank's part: fills the cache; its own folder is on a disk of its own when folder has a place for the rank."""
+    model.PART = 2
+    rank, world_size, _ = init_ranks('cpu')
+    folder = Path(str(folder).format(rank=rank))
+    ran = []
+    forward = tower.forward
+    tower.forward = lambda pixels: ran.append(len(pixels)) or forward(pixels)
+    features = cache_features(folder, tower, gallery.paths, read=READ, device='cpu', rank=rank, world_size=world_size)
+    np.savez(gallery.folder.parent / f'rank_{rank}.npz', ran=sum(ran), **{Path(p).stem: features[p] for p in features})
+    shutdown_ranks()
+    return 0, ''
+
+
+@pytest.mark.parametrize('folder, shares', [('shared', (3, 2)), ('disk_{rank}', (5, 5))])
+def test_all_ranks_fill_a_cache_also_when_each_has_a_disk_of_its_own(world, gallery, folder, shares):
+    folder = gallery.folder.parent / folder
+    want = gallery.fill(world.vlm.tower, gallery.paths)
+    assert on_two_ranks(fill_on_a_rank, gallery, world.vlm.tower, folder) == [0, 0]
+    for rank, n_pictures in enumerate(shares):
+        found = np.load(gallery.folder.parent / f'rank_{rank}.npz')
+        assert found['ran'] == n_pictures
+        for path in gallery.paths:
+            assert np.allclose(found[Path(path).stem], want[path], rtol=2e-3, atol=1e-4)
 
 
 def test_a_cache_of_no_images_is_empty(world, gallery):
