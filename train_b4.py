@@ -130,6 +130,9 @@ require_positive(config, 'max_seq_len', 'micro_batch_size', 'global_batch_size',
                  'n_retrieval', 'n_predictions', 'lora_r', 'lora_alpha', 'lora_learning_rate', 'timeout')
 require_share(config, 'warmup_frac', 'min_lr_frac', 'gate_truncated', 'lora_dropout', 'replay_share', 'prompt_dropout',
               'ramp_frac')
+if not 0 <= prompt_dropout < 1 or not 0 <= replay_share < 1 or not guidance:
+    raise SystemExit(f'prompt_dropout = {prompt_dropout}, replay_share = {replay_share}, guidance = {guidance}: '
+                     'wanted shares from 0 to below 1 and at least one guidance')
 
 # ranks and the run's folder
 rank, world_size, device = init_ranks(device)
@@ -147,9 +150,6 @@ llm = model_args['llm']
 tokenizer = load_tokenizer(llm)
 space = load_space(shards_dir, tokenizer, llm)
 grammar = Grammar(space)
-if not 0 <= prompt_dropout < 1 or not 0 <= replay_share < 1 or not guidance:
-    raise SystemExit(f'prompt_dropout = {prompt_dropout}, replay_share = {replay_share}, guidance = {guidance}: '
-                     'wanted shares from 0 to below 1 and at least one guidance')
 shares_end = task_shares(task_weights, grammar)
 shares_start = task_shares(task_weights_start, grammar) if task_weights_start else shares_end
 tasks = list({**shares_start, **shares_end})
