@@ -1,6 +1,7 @@
 """tools/check.py: what would end a chain of stages late is found before it begins."""
 import json
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -90,12 +91,16 @@ SPOILED = {
     'a card that is too small': ('a1', {'micro_batch_size': 2 ** 22}, 'lower micro_batch_size'),
     'no file': ('a1', {'data_json': 'data/none.json'}, 'data_json: no data/none.json; is the path right?'),
     'real data that is not there': ('b2', {'sound_dir': 'data/Clotho/development'}, 'get zenodo.org/records/4783391'),
+    'a text that is none': ('a2', {'text_jsonl': 'a2_tiny.py'}, 'a2_tiny.py:1: not valid JSON'),
+    'a list that is none': ('b2', {'manifests': ('b2_tiny.py',)}, 'samples that cannot be used'),
+    'a codec for a base model': ('a1', {'vision': 'llm'}, "llm: model_type is 'qwen3', wanted"),
     'no base model': ('a1', {'llm': 'out/models/llm'}, 'llm: no folder out/models/llm')}
 
 
 @pytest.mark.parametrize('what', SPOILED)
-def test_a_spoiled_config_is_found_at_once(what, make_chain, capsys):
+def test_a_spoiled_config_is_found_at_once(what, make_chain, tiny, capsys):
     stage, changes, line = SPOILED[what]
+    Path('llm').symlink_to(tiny / 'llm')
     start = time.process_time()
     assert check([*make_chain(**{stage: changes}).values()], card_gib=80, ranks=1) > 0
     assert time.process_time() - start < 10            # a second or two on a machine that has nothing else to do

@@ -322,22 +322,29 @@ def check(paths, card_gib, ranks):
     for path in paths:
         chain.append(read_stage(path, chain))
     stages = [stage for stage in chain if stage.kind]
+
+    def look(check, stage, *args):
+        try:
+            return check(stage, *args)
+        except SystemExit as e:                        # what a reader of the stages says of its input
+            stage.wrong(str(e))
+
     for stage in stages:
         if check_files(stage):
-            check_lists(stage)
+            look(check_lists, stage)
             if 'text_jsonl' in stage.settings:
-                check_texts(stage)
+                look(check_texts, stage)
     for stage in stages:
         check_inputs(stage)
         check_held_out(stage)
         if 'shards_dir' in stage.settings:
-            check_shards(stage)
+            look(check_shards, stage)
         if 'max_seq_len' in stage.settings:
-            check_lengths(stage)
+            look(check_lengths, stage)
         if 'global_batch_size' in stage.settings:
-            check_memory(stage, card_gib, ranks)
+            look(check_memory, stage, card_gib, ranks)
             check_time(stage, ranks)
-        check_cache(stage)
+        look(check_cache, stage)
     return sum(stage.n_wrong for stage in chain)
 
 
