@@ -150,6 +150,11 @@ def texts_of(item):
     return texts
 
 
+def plain_texts(examples):
+    """The texts of ChatTemplate.text's examples."""
+    return [example.item.turns[0][1] for example in examples]
+
+
 def answer_starts(example):
     """Where each answer begins, [position]: the ids before it are the prompt of that answer."""
     starts = []
@@ -345,15 +350,16 @@ def attention_groups(lengths, most=16, waste=1.25):
     A group ends where its filled-up squares would pass `waste` times the real ones: attention pays for squares.
     """
     groups = []
-    n = longest = squares = 0                          # of the group so far
+    group = []                                         # lengths of the group so far
     for length in lengths:
-        longest_then = max(longest, length)
-        squares_then = squares + length ** 2
-        if n and (n == most or (n + 1) * longest_then ** 2 > waste * squares_then):
-            groups.append(n)
-            n, longest_then, squares_then = 0, length, length ** 2
-        n, longest, squares = n + 1, longest_then, squares_then
-    return [*groups, n]
+        longer = [*group, length]
+        filled_up = len(longer) * max(longer) ** 2
+        real = sum(n ** 2 for n in longer)
+        if group and (len(group) == most or filled_up > waste * real):
+            groups.append(len(group))
+            longer = [length]
+        group = longer
+    return [*groups, len(group)]
 
 
 def padded_layout(lengths, groups=None):

@@ -110,15 +110,15 @@ def retrieval_gates(crossed, input_name, output_name, input_bar, output_bar):
     ]
 
 
-def text_gates(name, said, distinct, commonest, malformed, own_truth=None):
+def text_gates(name, predictions, distinct, commonest, malformed, own_truth=None):
     """Fail a model that says the same to everything, stammers, says nothing or does not end.
 
-    name: what is said, 'captions'; said: [grounding.Said]; distinct: least share of different texts, as a part of the
-    truths' own; commonest, malformed: how much larger than the truths' own the share of the commonest text, and those
-    of stammering, empty and cut ones, may be; own_truth: how much nearer a text has to be to its own truth than to
-    others, as F1 of words.
+    name: of the texts, 'captions'; predictions: [grounding.Prediction]; distinct: least share of different texts, as a
+    part of the truths' own; commonest, malformed: how much larger than the truths' own the share of the commonest
+    text, and those of stammering, empty and cut ones, may be; own_truth: how much nearer a text has to be to its own
+    truth than to others, as F1 of words.
     """
-    made, true = grounding.said_shares(said)
+    made, true = grounding.prediction_shares(predictions)
     gates = [
         at_least(f'{name}: different ones', made['distinct'], distinct * true['distinct']),
         at_most(f'{name}: the commonest one', made['commonest'], true['commonest'] + commonest),
@@ -127,7 +127,8 @@ def text_gates(name, said, distinct, commonest, malformed, own_truth=None):
         at_most(f'{name}: cut', made['cut'], true['cut'] + malformed),
     ]
     if own_truth is not None:
-        gates.append(clears(f'{name}: nearer to their own truth, F1 of words', grounding.own_truth(said), own_truth))
+        gates.append(clears(f'{name}: nearer to their own truth, F1 of words', grounding.own_truth(predictions),
+                            own_truth))
     return gates
 
 
@@ -175,15 +176,8 @@ def training_gates(declared, trainable, with_gradient, before, after):
     ]
 
 
-def label_gates(examples, max_truncated):
-    """The gates on what a stage's examples lost: cut ones, and ones without a label."""
-    n_truncated = sum(example.truncated for example in examples)
-    n_unlabelled = sum(len(example.label_positions) == 0 for example in examples)
-    return label_count_gates(len(examples), n_truncated, n_unlabelled, max_truncated)
-
-
-def label_count_gates(n, n_truncated, n_unlabelled, max_truncated):
-    """The same, counted: of n examples."""
+def label_gates(n, n_truncated, n_unlabelled, max_truncated):
+    """The gates on what a stage's n examples lost: cut ones, and ones without a label."""
     return [
         at_most('share of truncated samples', n_truncated / n if n else math.nan, max_truncated),
         exactly('samples without a label', n_unlabelled if n else math.nan, 0),

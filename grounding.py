@@ -3,8 +3,8 @@ Grounding: does what a model says come from its input? Measures of losses and of
 truth but the held-out texts themselves.
 
 A loss that the right image lowers proves little: an image that breaks the text costs nats too. So: what share of the
-loss of another input the right one removes; whether the likelihoods find the right one among 32; whether what is said
-differs from item to item, and has more words of its own truth than of another's.
+loss of another input the right one removes; whether the likelihoods find the right one among 32; whether predictions
+differ from item to item, and have more words of their own truth than of another's.
 """
 import math
 import re
@@ -122,10 +122,10 @@ def retrieval(crossed):
 
 
 # -----------------------------------------------------------------------------
-# what is said
+# texts
 
 
-class Said(NamedTuple):
+class Prediction(NamedTuple):
     """A text that a model made, beside the held-out one."""
     truth: str
     text: str
@@ -174,13 +174,13 @@ def distinct(outputs):
     return len({str(output) for output in outputs}) / len(outputs) if outputs else math.nan
 
 
-def said_shares(said):
-    """(text_shares of what was said, of the truths)."""
-    return (text_shares([s.text for s in said], [s.is_cut for s in said]),
-            text_shares([s.truth for s in said], [s.truth_is_cut for s in said]))
+def prediction_shares(predictions):
+    """(text_shares of predictions, of the truths)."""
+    return (text_shares([p.text for p in predictions], [p.is_cut for p in predictions]),
+            text_shares([p.truth for p in predictions], [p.truth_is_cut for p in predictions]))
 
 
-def own_truth(said):
+def own_truth(predictions):
     """Estimate of how many more words a text shares with its own truth than with others', as a difference of F1.
 
     Others: the truths that are different, of the same question where it was asked more than once: that a colour was
@@ -189,16 +189,17 @@ def own_truth(said):
     index = {}
     rows = {'text': [], 'truth': []}
     for kind, sets in rows.items():
-        for s in said:
-            sets.append([index.setdefault(word, len(index)) for word in set(words_of(getattr(s, kind)))])
-    has = {kind: np.zeros((len(said), max(len(index), 1)), np.float32) for kind in rows}        # (items, words) each
+        for p in predictions:
+            sets.append([index.setdefault(word, len(index)) for word in set(words_of(getattr(p, kind)))])
+    shape = (len(predictions), max(len(index), 1))
+    has = {kind: np.zeros(shape, np.float32) for kind in rows}                                  # (items, words) each
     for kind, sets in rows.items():
         for row, found in zip(has[kind], sets):
             row[found] = 1
     sizes = has['text'].sum(1)[:, None] + has['truth'].sum(1)
     f1 = 2 * has['text'] @ has['truth'].T / np.maximum(sizes, 1)       # (items, items): text i, truth j
-    truths = np.array([s.truth for s in said])
-    questions = np.array([s.question for s in said])
+    truths = np.array([p.truth for p in predictions])
+    questions = np.array([p.question for p in predictions])
     others = truths[:, None] != truths                                                          # (items, items)
     asked_too = others & (questions[:, None] == questions)
     others = np.where(asked_too.any(1, keepdims=True), asked_too, others)

@@ -15,7 +15,7 @@ from transformers.cache_utils import DynamicCache
 from common import (
     all_gather, all_sum, gather_in_order, in_parts, rank_parts, sha256_file, stoppable_parts, write_atomic)
 from data import ChatTemplate, answer_starts, collate, length_buckets
-from grounding import Said, retrieval, share_removed
+from grounding import Prediction, retrieval, share_removed
 from lists import Item
 from media import read_image
 from model import image_settings, load_tokenizer
@@ -252,7 +252,7 @@ def write_predictions(path, vlm, loader, template, examples, batch_size, max_new
     """Complete every answer of some examples, greedily, after the true answers before it; a caption is one answer to no
     question. Rank 0 writes one JSON line for each to `path`.
 
-    Returns on every rank ([Said], a line of text for each example: what was said first, behind its question).
+    Returns on every rank ([Prediction], a line for each example: its first prediction, behind its question).
     """
     prompts = []
     turns = []
@@ -262,26 +262,26 @@ def write_predictions(path, vlm, loader, template, examples, batch_size, max_new
             turns.append(turn)
     outputs = complete_examples(vlm, loader, prompts, batch_size=batch_size, max_new_tokens=max_new_tokens,
                                 stop_ids=[template.end], rank=rank, world_size=world_size)
-    predictions = template.tokenizer.batch_decode(outputs, skip_special_tokens=True)
+    texts = template.tokenizer.batch_decode(outputs, skip_special_tokens=True)
     lines = []
-    said = []
+    predictions = []
     first_replies = []
-    for (example, _), turn, output, prediction in zip(prompts, turns, outputs, predictions):
+    for (example, _), turn, output, text in zip(prompts, turns, outputs, texts):
         item = example.item
-        prediction = prediction.strip()
+        text = text.strip()
         question, truth = item.turns[turn]
         is_chat = question or len(item.turns) > 1      # a caption is one answer that nobody asked for
         asked = {'turn': turn, 'question': question} if is_chat else {}
-        said.append(Said(truth, prediction, is_cut=len(output) >= max_new_tokens,
-                         truth_is_cut=len(template.encode(truth)) >= max_new_tokens, question=question))
+        predictions.append(Prediction(truth, text, is_cut=len(output) >= max_new_tokens,
+                                      truth_is_cut=len(template.encode(truth)) >= max_new_tokens, question=question))
         if turn == 0:
-            first_replies.append(f'{question} - {prediction}' if question else prediction)
+            first_replies.append(f'{question} - {text}' if question else text)
         if rank == 0:                                  # only who writes needs the hash of the file
             lines.append(json.dumps({'id': item.id, 'image': item.image, 'image_sha256': sha256_file(item.image),
-                                     **asked, 'truth': truth, 'prediction': prediction}) + '\n')
+                                     **asked, 'truth': truth, 'prediction': text}) + '\n')
     if rank == 0:
         write_atomic(path, ''.join(lines))
-    return said, first_replies
+    return predictions, first_replies
 
 
 # -----------------------------------------------------------------------------

@@ -29,7 +29,7 @@ from transformers import AddedToken, AutoModelForCausalLM, GenerationConfig
 
 from common import first_line, gather_in_order, in_parts, one_line_io_errors, rank_parts, write_atomic
 from data import collate
-from grounding import Said
+from grounding import Prediction
 from inference import Continuation, generate, pick, seeded_generators, sum_by_example
 from media import contact_sheet, write_picture, write_sound
 from model import NO_MASKS, hidden_states, label_losses, load_llm, precision_of, save_pretrained
@@ -353,14 +353,14 @@ def text_of(ids, tokenizer):
     return tokenizer.decode(ids, skip_special_tokens=True).strip()
 
 
-def said_of(examples, outputs, tokenizer, max_new_tokens):
-    """[Said] of the outputs of complete_task for a task that reads."""
-    said = []
+def predictions_of(examples, outputs, tokenizer, max_new_tokens):
+    """[Prediction] of the outputs of complete_task for a task that reads."""
+    predictions = []
     for example, ids in zip(examples, outputs):
         truth = example.item.text
-        said.append(Said(text_of(truth, tokenizer), text_of(ids, tokenizer), is_cut=len(ids) >= max_new_tokens,
-                         truth_is_cut=len(truth) >= max_new_tokens))
-    return said
+        predictions.append(Prediction(text_of(truth, tokenizer), text_of(ids, tokenizer),
+                                      is_cut=len(ids) >= max_new_tokens, truth_is_cut=len(truth) >= max_new_tokens))
+    return predictions
 
 
 def write_completions(path, task, examples, outputs, tokenizer, uti=None, batch_size=16):

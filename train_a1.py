@@ -263,8 +263,8 @@ while True:
         if not stopped and not (evaluated and step < n_steps):   # a finished run is judged again, and logged once
             losses, counts, crossed, means = evaluate(len(matching) if step == n_steps else 1)
             stop_if_eval_not_finite(step, means, out)
-            said, captions = predict(golden_set, out / 'golden' / f'step_{step:06d}.jsonl')
-            means['distinct'] = distinct([s.text for s in said])
+            predictions, captions = predict(golden_set, out / 'golden' / f'step_{step:06d}.jsonl')
+            means['distinct'] = distinct([p.text for p in predictions])
             if rank == 0:
                 sheet = out / 'golden' / f'step_{step:06d}.png'
                 contact_sheet(sheet, [example.item.image for example in golden_set], captions)
@@ -313,16 +313,16 @@ while True:
 progress.close()
 
 # gates
-said += predict(eval_set[:n_predictions], out / 'predictions.jsonl')[0]
+predictions += predict(eval_set[:n_predictions], out / 'predictions.jsonl')[0]
 status = 0
 if rank == 0:
     declared = {f'connector.{name}' for name, _ in model.connector.named_parameters()}
-    worth = gates.worth(means['share_removed'], crossed, distinct([s.text for s in said]))
+    worth = gates.worth(means['share_removed'], crossed, distinct([p.text for p in predictions]))
     removed = share_removed(losses['correct'], losses['shuffled'])
     verdicts = [gates.clears(gates.SHARE_REMOVED, removed, gate_share_removed)]
     verdicts += gates.retrieval_gates(crossed, 'image of its caption', 'caption of its image',
                                       input_bar=gate_input_recall, output_bar=gate_output_recall)
-    verdicts += gates.text_gates('captions', said, distinct=gate_distinct, commonest=gate_commonest,
+    verdicts += gates.text_gates('captions', predictions, distinct=gate_distinct, commonest=gate_commonest,
                                  malformed=gate_malformed, own_truth=gate_own_truth)
     for condition in 'shuffled', 'zero', 'noise':
         name = f'{condition} image costs more than the right one'
@@ -333,7 +333,7 @@ if rank == 0:
     gate, _ = gates.ablation('zeros cost more than another image', losses['shuffled'], losses['zero'], counts=counts,
                              bar=0.0, min_win=0.0)
     verdicts.append(gate)
-    verdicts += gates.label_count_gates(*examples.label_counts(), gate_truncated)
+    verdicts += gates.label_gates(*examples.label_counts(), gate_truncated)
     verdicts += gates.training_gates(declared, trainable, with_gradient, before=frozen_before,
                                      after=frozen_sha256(model, trainable))
     status = gates.conclude(out, verdicts, worth={'': worth}, losses=means)

@@ -27,11 +27,12 @@ from common import (
     reduce_gradients, save_checkpoint, seed_everything, shutdown_ranks)
 from configure import configure
 from data import (
-    ChatTemplate, Loader, ShuffledSampler, choose_split, data_fingerprint, files_fingerprint, image_reader, load_split)
+    ChatTemplate, Loader, ShuffledSampler, choose_split, data_fingerprint, files_fingerprint, image_reader, load_split,
+    plain_texts)
 from examples import Chosen, prepare
-from lists import read_text_lines, read_texts
 from grounding import distinct, matching_sets, share_removed, shared_phrases
 from inference import ablation_means, caption_keys, crossed_losses, image_ablation, write_predictions
+from lists import read_text_lines
 from media import BadSamples, contact_sheet, read_image
 from model import cache_features, image_settings, load_tokenizer, load_vlm, lora
 from training import (
@@ -294,8 +295,8 @@ while True:
             losses, counts, crossed, means = evaluate(len(matching) if step == n_steps else 1)
             means['text'] = text_loss()
             stop_if_eval_not_finite(step, means, out)
-            said, captions = predict(golden_set, out / 'golden' / f'step_{step:06d}.jsonl')
-            means['distinct'] = distinct([s.text for s in said])
+            predictions, captions = predict(golden_set, out / 'golden' / f'step_{step:06d}.jsonl')
+            means['distinct'] = distinct([p.text for p in predictions])
             if rank == 0:
                 sheet = out / 'golden' / f'step_{step:06d}.png'
                 contact_sheet(sheet, [example.item.image for example in golden_set], captions)
@@ -345,7 +346,7 @@ while True:
 progress.close()
 
 # gates
-said += predict(eval_set[:n_predictions], out / 'predictions.jsonl')[0]
+predictions += predict(eval_set[:n_predictions], out / 'predictions.jsonl')[0]
 text = text_loss()
 with adapter.disable_adapter():
     base_text = text_loss()
@@ -353,12 +354,12 @@ status = 0
 if rank == 0:
     names = [name for name, _ in model.named_parameters()]
     declared = {name for name in names if name.startswith('connector.') or '.lora_' in name}
-    worth = gates.worth(means['share_removed'], crossed, distinct([s.text for s in said]))
+    worth = gates.worth(means['share_removed'], crossed, distinct([p.text for p in predictions]))
     removed = share_removed(losses['correct'], losses['shuffled'])
     verdicts = [gates.clears(gates.SHARE_REMOVED, removed, gate_share_removed)]
     verdicts += gates.retrieval_gates(crossed, 'image of its answers', 'answers of its image',
                                       input_bar=gate_input_recall, output_bar=gate_output_recall)
-    verdicts += gates.text_gates('answers', said, distinct=gate_distinct, commonest=gate_commonest,
+    verdicts += gates.text_gates('answers', predictions, distinct=gate_distinct, commonest=gate_commonest,
                                  malformed=gate_malformed, own_truth=gate_own_truth)
     for condition in 'shuffled', 'zero', 'noise':
         name = f'{condition} image costs more than the right one'
@@ -367,9 +368,10 @@ if rank == 0:
         verdicts.append(gate)
     shared = 0.0
     if replay_jsonl:
-        shared = shared_phrases(read_texts(text_jsonl)[:n_text], read_texts(replay_jsonl)[:20_000])
+        replayed = plain_texts(replay[:20_000])       # as many as take a second
+        shared = shared_phrases(plain_texts(text_set), replayed)
     verdicts.append(gates.text_gate(text / base_text - 1, gate_text, shared))
-    verdicts += gates.label_count_gates(*examples.label_counts(), gate_truncated)
+    verdicts += gates.label_gates(*examples.label_counts(), gate_truncated)
     verdicts.append(gates.lora_gate(names))
     verdicts += gates.training_gates(declared, trainable, with_gradient, before=frozen_before,
                                      after=frozen_sha256(model, trainable))

@@ -29,7 +29,7 @@ from shards import (
     text_examples, token_sets)
 from token_model import (
     complete_task, crossed_losses, example_sums, export_difference, export_stock, load_token_model, matching_keys,
-    random_media, said_of, save_new_rows, shuffled_media, text_difference, training_bytes, write_completions)
+    random_media, predictions_of, save_new_rows, shuffled_media, text_difference, training_bytes, write_completions)
 from training import (
     Log, Meter, StopSignal, check_resumable, check_same_data, clip_gradients, frozen_sha256, grad_norms,
     measure_epoch, names_with_gradient, open_run, parameter_groups, require_positive, require_share,
@@ -383,16 +383,16 @@ if rank == 0:
             continue
         verdicts += gates.retrieval_gates(crossed[task], f'{task}: media of a text', f'{task}: text of its media',
                                           input_bar=gate_input_recall, output_bar=gate_output_recall)
-        said = said_of(golden_sets[task], outputs, tokenizer, max_new_tokens)
-        verdicts += gates.text_gates(f'{task}: descriptions', said, distinct=gate_distinct, commonest=gate_commonest,
-                                     malformed=gate_malformed)
+        predictions = predictions_of(golden_sets[task], outputs, tokenizer, max_new_tokens)
+        verdicts += gates.text_gates(f'{task}: descriptions', predictions, distinct=gate_distinct,
+                                     commonest=gate_commonest, malformed=gate_malformed)
         for condition, (name, nats, win) in bars.items():
             gate, measured[f'{task}_{condition}'] = gates.ablation(
                 f'{task}: {name}', losses[task]['correct'], losses[task][condition], counts=counts[task], bar=nats,
                 min_win=win)
             verdicts.append(gate)
     verdicts.append(gates.exactly('exported logits, largest difference in a stock load', drift, 0))
-    verdicts += gates.label_count_gates(*label_counts(train_sets, eval_sets, golden_sets), gate_truncated)
+    verdicts += gates.label_gates(*label_counts(train_sets, eval_sets, golden_sets), gate_truncated)
     beyond = set(optimizer.state) - {model.new_in, model.new_out}
     verdicts.append(gates.exactly('optimizer state beyond the new rows', len(beyond), 0))
     verdicts += gates.training_gates({'new_in', 'new_out'}, trainable, with_gradient, before=frozen_before,

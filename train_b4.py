@@ -25,16 +25,15 @@ from common import (
     Progress, all_sum, frozen_dtype, init_ranks, load_checkpoint, on_rank_0, provenance, reduce_gradients,
     save_checkpoint, seed_everything, shutdown_ranks)
 from configure import configure
-from data import Loader, files_fingerprint
+from data import Loader, files_fingerprint, plain_texts
 from grounding import crossed_share, distinct, matching_sets, retrieval, shared_phrases
-from lists import read_texts
 from model import load_tokenizer, lora
 from shards import (
     MixtureSampler, label_counts, load_space, passes_line, require_enough, shards_fingerprint, task_shares,
     text_examples, token_sets, with_prompt)
 from token_model import (
     complete_task, crossed_losses, example_sums, export_stock, load_new_rows, load_token_model, matching_keys,
-    random_media, said_of, save_new_rows, shuffled_media, shuffled_prompts, write_completions)
+    random_media, predictions_of, save_new_rows, shuffled_media, shuffled_prompts, write_completions)
 from training import (
     Log, Meter, StopSignal, check_resumable, check_same_data, clip_gradients, frozen_sha256, grad_norms,
     measure_epoch, names_with_gradient, open_run, parameter_groups, require_positive, require_share,
@@ -449,7 +448,8 @@ status = 0
 if rank == 0:
     shared = 0.0
     if replay_jsonl:
-        shared = shared_phrases(read_texts(text_jsonl)[:n_text], read_texts(replay_jsonl)[:20_000])
+        replayed = plain_texts(train_sets['text'][:20_000])       # as many as take a second
+        shared = shared_phrases(plain_texts(text_set), replayed)
     verdicts = [gates.text_gate(means['text'] / at_start['text'] - 1, gate_text, shared)]
     read_bars = {
         'shuffled': ("another item's media cost more than the right ones", gate_shuffled_nats, gate_shuffled_win),
@@ -480,8 +480,8 @@ if rank == 0:
             lost = 100 * (at_start[f'{task}_right'] - rates[f'{task}_right'])
             verdicts.append(gates.at_most(f'{task}: points of right labels lost since B3', lost, gate_read_points))
             described = [*golden_sets[task], *eval_sets[task][:n_predictions]]
-            said = said_of(described, [*golden_outputs, *outputs], tokenizer, max_new_tokens)
-            verdicts += gates.text_gates(f'{task}: descriptions', said, distinct=gate_distinct,
+            predictions = predictions_of(described, [*golden_outputs, *outputs], tokenizer, max_new_tokens)
+            verdicts += gates.text_gates(f'{task}: descriptions', predictions, distinct=gate_distinct,
                                          commonest=gate_commonest, malformed=gate_malformed, own_truth=gate_own_truth)
             continue
         if modality == 'image':
@@ -495,7 +495,7 @@ if rank == 0:
         verdicts += gates.generation_gates(task, [*golden_outputs, *outputs], first, end=end, golden=golden_decoded,
                                            shapes=shapes, n_golden=n_golden)
         verdicts += gates.collapse_gates(task, outputs, decoded, distinct=gate_distinct, **collapse_bars)
-    verdicts += gates.label_count_gates(*label_counts(train_sets, eval_sets, golden_sets), gate_truncated)
+    verdicts += gates.label_gates(*label_counts(train_sets, eval_sets, golden_sets), gate_truncated)
     names = [name for name, _ in model.named_parameters()]
     verdicts.append(gates.lora_gate(names))
     tuned = ('llm.model.layers.', 'llm.model.norm.') if full_tune else ()

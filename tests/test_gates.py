@@ -1,7 +1,6 @@
 """gates.py: every gate passing and failing, the ablation by hand, the verdict on disk, and the exit status."""
 import json
 import math
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -110,11 +109,9 @@ def test_what_was_trained_is_what_was_declared_with_gradients_and_nothing_else_m
 
 
 def test_cut_examples_and_ones_without_a_label_are_counted():
-    def example(truncated, *label_positions):
-        return SimpleNamespace(truncated=truncated, label_positions=label_positions)
-    assert verdicts(gates.label_gates([example(False, 1), example(True, 1)], 0.5)) == [True, True]
-    assert verdicts(gates.label_gates([example(True, 1), example(False)], 0.4)) == [False, False]
-    assert verdicts(gates.label_gates([], 1.0)) == [False, False]
+    assert verdicts(gates.label_gates(2, 1, 0, 0.5)) == [True, True]
+    assert verdicts(gates.label_gates(2, 1, 1, 0.4)) == [False, False]
+    assert verdicts(gates.label_gates(0, 0, 0, 1.0)) == [False, False]
 
 
 def test_lora_outside_the_language_models_layers_fails():

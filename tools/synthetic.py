@@ -7,9 +7,9 @@ chats: LLaVA-Instruct's, one to five questions with answers of 1 to 150 words, t
 start: the examples, the split and the first steps, on each rank (torchrun --nproc_per_node=2 -m tools.synthetic ...).
 Needs the tokenizer of a Qwen3 and its config.json.
 
-$ python -m tools.synthetic captions /tmp/captions 558128
-$ python -m tools.synthetic chats /tmp/chats 157712
-$ python -m tools.synthetic start /tmp/captions caption /tmp/llm /tmp/out
+$ python -m tools.synthetic captions out/captions 558128
+$ python -m tools.synthetic chats out/chats 157712
+$ python -m tools.synthetic start out/captions caption LLM out/start
 """
 import hashlib
 import json
