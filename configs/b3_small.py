@@ -1,7 +1,7 @@
 # The small world's new rows: a frozen Qwen3 of 0.9 M learns what the codes of pictures and sounds mean.
 # $ python train_b3.py configs/b3_small.py
-# 2 CPU minutes. 26 gates; another picture costs 0.27 to 0.70 nats per label, another sound 0.45 to 0.73; text stays as it
-# was.
+# 2 CPU minutes. 26 gates; another picture costs 0.27 to 0.70 nats per label, another sound 0.45 to 0.73; text
+# stays as it was.
 from small.make import ensure
 
 _small = ensure('text', 'llm', 'image_codec', 'audio_codec')

@@ -1,7 +1,7 @@
 # The small world's B4: LoRA and the new rows learn to draw and to generate audio, and go on describing.
 # $ python train_b4.py configs/b4_small.py
-# 13 CPU minutes. 48 gates; right by the truth: drawn 97 to 98 %, audio 89 to 91 %, pictures described 94 to 97 %, sounds 95
-# to 97 %.
+# 13 CPU minutes. 48 gates; right by the truth: drawn 97 to 98 %, audio 89 to 91 %, pictures described 94 to 97 %,
+# sounds 95 to 97 %.
 from small.make import ensure
 
 _small = ensure('text', 'llm', 'image_codec', 'audio_codec')

@@ -174,8 +174,8 @@ def pairs_config(tiny, tmp_path_factory):
         tmp_path_factory.mktemp('pairs_config') / 'pairs.py', **{**TINY, 'max_new_tokens': 6},
         data_json=pairs / 'pictures' / 'captions.json', image_root=pairs / 'pictures', llm=pairs / 'llm',
         vision=tiny / 'vision', num_image_tokens=4, connector_width=32, connector_depth=1, connector_heads=2,
-        max_seq_len=128, gate_win=0.7, global_batch_size=16, micro_batch_size=16, learning_rate=5e-3, eval_every=1000, n_eval=64,
-        n_golden=16, n_predictions=32)
+        max_seq_len=128, gate_win=0.7, global_batch_size=16, micro_batch_size=16, learning_rate=5e-3,
+        eval_every=1000, n_eval=64, n_golden=16, n_predictions=32)
 
 
 @pytest.mark.stage
