@@ -283,11 +283,11 @@ class StoredRecord(NamedTuple):
         return self.side()['metas'][self.medium]
 
 
-def read_segment(ids, offsets, n):
-    first, end = offsets[n:n + 2]
-    if first == end:                                   # safetensors refuses an empty slice at the end of a tensor
-        return np.zeros(0, np.int32)
-    return ids[first:end]
+class Segments(NamedTuple):
+    """Where things are in a shard: a few kB."""
+    offsets: np.ndarray                # int64 (segments + 1,)
+    items: np.ndarray                  # int32 (items, 2), segments of its medium and its text
+    modalities: np.ndarray             # uint8 (items,), numbers in KINDS
 
 
 class Records(Sequence):
@@ -296,7 +296,8 @@ class Records(Sequence):
     names: of the shards; checked: what check_shards says of each. What is kept in memory does not grow with the shards,
     but for a number for each of them.
     """
-    OPEN = 64                          # shards mapped into memory at a time
+    OPEN = 64                          # shards whose ids are mapped into memory at a time ...
+    KNOWN = 4096                       # ... and whose segments are kept: 10 kB each
 
     def __init__(self, folder, names, checked, modality=None):
         self.folder = Path(folder)
@@ -306,29 +307,49 @@ class Records(Sequence):
         kinds = ('image', 'audio') if modality is None else (modality,)
         counts = [sum(one['items'][kind] for kind in kinds) for one in checked]
         self.ends = np.cumsum(counts, dtype=np.int64)  # the number of records up to the end of each shard
-        self.segments = lru_cache(self.OPEN)(self.open_segments)
-        self.side = lru_cache(self.OPEN)(self.open_side)
+        self.ids = lru_cache(self.OPEN)(self.open_ids)
+        self.segments = lru_cache(self.KNOWN)(self.read_segments)
+        self.side = lru_cache(self.OPEN)(self.read_side)
 
     def of(self, modality):
         """The records of one modality."""
-        return Records(self.folder, self.names, self.checked, modality)
+        some = Records(self.folder, self.names, self.checked, modality)
+        some.ids = self.ids                            # what is open is open for all
+        some.segments = self.segments
+        some.side = self.side
+        return some
 
-    def open_segments(self, n):
-        """(ids, still on disk; offsets of the segments; medium and text of each item; modality of each item; the items
-        that are among the records) of shard n."""
+    def open(self, n):
         path = f'{self.folder}/{self.names[n]}.safetensors'
         if stamp_of(path) != self.checked[n]['stamps'][0]:
             raise SystemExit(f'{path} has changed since this run began: start it again')
-        with safe_open(path, 'np') as f:
-            items = f.get_tensor('items')                                                       # (items, 2)
-            kinds = f.get_tensor('kinds')[items[:, 0]]                                          # (items,)
-            chosen = np.arange(len(items))
-            if self.modality is not None:
-                chosen = np.flatnonzero(kinds == KINDS.index(self.modality))
-            return f.get_slice('ids'), f.get_tensor('offsets'), items, kinds, chosen
+        return safe_open(path, 'np')
 
-    def open_side(self, n):
+    def open_ids(self, n):
+        """All ids of shard n, still on disk."""
+        with self.open(n) as f:
+            return f.get_slice('ids')
+
+    def read_segments(self, n):
+        with self.open(n) as f:
+            items = f.get_tensor('items')
+            return Segments(f.get_tensor('offsets'), items, modalities=f.get_tensor('kinds')[items[:, 0]])
+
+    def read_ids(self, n, segment):
+        first, end = self.segments(n).offsets[segment:segment + 2]
+        if first == end:                               # safetensors refuses an empty slice at the end of a tensor
+            return np.zeros(0, np.int32)
+        return self.ids(n)[first:end]
+
+    def read_side(self, n):
         return read_side(self.folder, self.names[n], self.checked[n]['sha256'])
+
+    def items_of(self, n):
+        """The numbers of the items of shard n that are among the records."""
+        modalities = self.segments(n).modalities
+        if self.modality is None:
+            return np.arange(len(modalities))
+        return np.flatnonzero(modalities == KINDS.index(self.modality))
 
     def __len__(self):
         return int(self.ends[-1]) if len(self.ends) else 0
@@ -338,13 +359,13 @@ class Records(Sequence):
             return [self[k] for k in range(len(self))[i]]
         i = range(len(self))[i]                        # from the end too; an IndexError ends a loop over them
         n = int(np.searchsorted(self.ends, i, side='right'))
-        ids, offsets, items, kinds, chosen = self.segments(n)
-        item = int(chosen[i - (self.ends[n] - len(chosen))])
-        medium, text = items[item].tolist()
+        items = self.items_of(n)
+        item = int(items[i - self.ends[n]])            # from the shard's end: records end where it does
+        medium, text = self.segments(n).items[item].tolist()
         return StoredRecord(
-            modality=KINDS[kinds[item]],
-            payload=read_segment(ids, offsets, medium),
-            text=read_segment(ids, offsets, text),
+            modality=KINDS[self.segments(n).modalities[item]],
+            payload=self.read_ids(n, medium),
+            text=self.read_ids(n, text),
             side=partial(self.side, n),
             medium=medium,
             item=item,
@@ -354,9 +375,9 @@ class Records(Sequence):
         """How many ids the text of each record has, (records,), without reading any."""
         lengths = [np.zeros(0, np.int64)]
         for n in range(len(self.names)):
-            _, offsets, items, _, chosen = self.segments(n)
-            texts = items[chosen, 1]
-            lengths.append(offsets[texts + 1] - offsets[texts])
+            segments = self.segments(n)
+            texts = segments.items[self.items_of(n), 1]
+            lengths.append(segments.offsets[texts + 1] - segments.offsets[texts])
         return np.concatenate(lengths)
 
 

@@ -186,6 +186,8 @@ class Grammar:
             'image': (space.special['<|img_start|>'], space.special['<|img_end|>']),
             'audio': (space.special['<|aud_start|>'], space.special['<|aud_end|>']),
         }
+        self.firsts = np.array([r.first for r in space.ranges])
+        self.ends = np.array([r.end for r in space.ranges])
         self.payload_ranges = {}                       # modality: index of the range of each of its codes
         if space.image:
             rows, columns = space.image['grid']
@@ -214,8 +216,7 @@ class Grammar:
 
     def bounds(self, range_indices):
         """(first, end) id of each of the ranges, both of the shape of range_indices."""
-        bounds = np.array([(r.first, r.end) for r in self.space.ranges])
-        return bounds[range_indices, 0], bounds[range_indices, 1]
+        return self.firsts[range_indices], self.ends[range_indices]
 
     def prompt(self, task, payload=None, text=()):
         """The ids before the first label. payload: codes of one item, for reading; text: ids, for writing."""
