@@ -443,11 +443,17 @@ def lora(llm, r, alpha, dropout, targets):
     targets: names of modules, or a regular expression over full names; exits with one line when it finds none.
     """
     from peft import LoraConfig, get_peft_model        # slow to import, and only A2 and B4 need it
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
     config = LoraConfig(r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets, task_type='CAUSAL_LM')
     try:
-        return get_peft_model(llm, config)
+        adapter = get_peft_model(llm, config)
     except ValueError as e:
         raise SystemExit(f'lora_targets = {targets!r}: {e}')
+    for module in adapter.modules():
+        if isinstance(module, BaseTunerLayer):         # else every input goes to float32, and autocast brings it back
+            module.cast_input_dtype_enabled = False
+    return adapter
 
 
 # -----------------------------------------------------------------------------

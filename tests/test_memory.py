@@ -10,7 +10,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import REPO
-from peft import LoraConfig, get_peft_model
 from test_docs import settings_of
 from test_real_configs import QWEN3, SO400M
 from transformers import Qwen3Config, Qwen3ForCausalLM, SiglipVisionConfig, SiglipVisionModel
@@ -18,7 +17,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM, SiglipVisionConfig, Sigl
 from configure import configure
 from data import Example, collate
 from lists import Item
-from model import VLM, Connector, Tower
+from model import VLM, Connector, Tower, lora
 from token_model import TokenModel
 from tools.memory import LORA_TARGETS, PLAN, Step, Trained, memory_needed, table
 from uti import TokenSpace
@@ -75,7 +74,7 @@ def tiny_llm(half):
 
 
 def add_lora(llm, dropout):
-    get_peft_model(llm, LoraConfig(r=4, lora_alpha=8, lora_dropout=dropout, target_modules=LORA_TARGETS))
+    lora(llm, r=4, alpha=8, dropout=dropout, targets=LORA_TARGETS)
 
 
 def track_a(half, lora_dropout=None):
@@ -90,13 +89,13 @@ def track_a(half, lora_dropout=None):
     return vlm.train(), batch, replace(SIX, labels=40, half=half), trained
 
 
-def track_b(half, full_tune=False, lora=False):
+def track_b(half, full_tune=False, has_lora=False):
     """The same of six examples of 60 tokens: 8 labels of text, 32 codes."""
     model = TokenModel(tiny_llm(half), SPACE)
     if full_tune:
         for part in model.llm.model.layers, model.llm.model.norm:
             part.float().requires_grad_(True)
-    if lora:
+    if has_lora:
         add_lora(model.llm, 0.1)
     ids = np.repeat([5, 1010], [28, 32]).astype(np.int32)
     ranges = np.repeat([0, 2], [8, 32]).astype(np.int16)
@@ -136,7 +135,7 @@ def n_bytes(tensors):
 @pytest.mark.parametrize('half', [False, True], ids=['float32', 'bfloat16'])
 @pytest.mark.parametrize('stage, make, options', [
     ('a1', track_a, {}), ('a2', track_a, {'lora_dropout': 0.0}), ('a2', track_a, {'lora_dropout': 0.1}),
-    ('b3', track_b, {}), ('b4', track_b, {'lora': True}), ('b4', track_b, {'full_tune': True})],
+    ('b3', track_b, {}), ('b4', track_b, {'has_lora': True}), ('b4', track_b, {'full_tune': True})],
     ids=['a1', 'a2', 'a2-dropout', 'b3', 'b4', 'b4-full_tune'])
 def test_what_the_formula_says_is_kept_is_what_autograd_keeps(stage, make, options, half, fused_attention):
     """Within a factor of 1.15 either way; and gradients and optimizer state to the byte."""

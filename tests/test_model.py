@@ -482,6 +482,28 @@ def test_lora_by_full_path_touches_no_tower_module_and_a_bad_target_is_one_line(
     assert_one_line(e.value, "lora_targets = 'nowhere': ")
 
 
+def test_lora_beside_half_weights_is_multiplied_in_half_and_gives_what_peft_gives(world):
+    vlm = copy.deepcopy(world.vlm)
+    vlm.llm.bfloat16()
+    model.lora(vlm.llm, r=4, alpha=8, dropout=0.0, targets=r'model\.layers\.\d+\.mlp\.down_proj')
+    peft = copy.deepcopy(vlm)
+    for module in peft.llm.modules():
+        if hasattr(module, 'cast_input_dtype_enabled'):
+            module.cast_input_dtype_enabled = True     # as PEFT has it: to float32 and, by autocast, back
+    dtypes = {}
+    losses = {}
+    for name, tried in ('ours', vlm), ('peft', peft):
+        a = tried.llm.model.layers[1].mlp.down_proj.lora_A['default']
+        a.register_forward_pre_hook(lambda _, args, name=name: dtypes.update({name: args[0].dtype}))
+        losses[name] = tried(world.loader.collate(world.mixed))
+        losses[name].backward()
+    assert dtypes == {'ours': torch.bfloat16, 'peft': torch.float32}
+    assert losses['ours'] == losses['peft']
+    for (name, p), q in zip(vlm.named_parameters(), peft.parameters()):
+        if '.lora_' in name:
+            assert p.dtype == torch.float32 and torch.equal(p.grad, q.grad), name
+
+
 # -----------------------------------------------------------------------------
 # the ablation
 

@@ -128,11 +128,13 @@ def token_bytes(stage, llm, step, trained, number):
     layer += number * (2 * queries + 2 * keys)         # attention: queries, its output, keys, values
     layer += number * 3 * inside                       # MLP: gate, up, their product
     inputs = 5 * width + queries + inside              # of its seven matrices, each in a cast or a dropout of its own
+    shared = 2 * width + queries + inside              # queries, keys and values have one input, gate and up have one
     if has_lora(stage, trained):
-        dropped = 0
+        layer += 7 * trained.lora_r * number
         if trained.lora_dropout > 0:
-            dropped = 1 if step.cuda else FLOAT        # bytes of a number in the mask
-        layer += inputs * (number + dropped) + 7 * trained.lora_r * number
+            layer += inputs * (number + (1 if step.cuda else number))   # and a mask: bytes on a GPU
+        else:
+            layer += shared * number
     if trained.full_tune:
         layer += number * (inputs + 2 * width + queries + keys)
     return llm.num_hidden_layers * layer + FLOAT * width
