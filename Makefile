@@ -16,7 +16,7 @@ SEED ?= 1
 # matrices as small as these gain nothing from a second thread
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: small small-a small-b test quick proofs browser clean
+.PHONY: small small-a small-b test quick proofs rehearsal browser clean
 
 small: small-a small-b
 	$(python) gates.py out
@@ -69,6 +69,9 @@ quick: $(venv)                            # before each commit: no stage is run,
 
 proofs: $(venv)                           # the slow proofs: trains the small world for real
 	$(python) -m pytest -q -m slow
+
+rehearsal: $(venv)                        # the chain of the real configs: real widths, few layers, random weights
+	$(python) -m tools.rehearsal
 
 browser: $(venv)                          # report.html in Chromium (Debian: apt install chromium)
 	$(python) -m pytest -q -m browser -rs

@@ -147,7 +147,8 @@ GROUPS = (
     ('small.score',),
     ('tools', 'tools.bench', 'tools.check_data', 'tools.convert', 'tools.export', 'tools.many_shards', 'tools.memory',
      'tools.report', 'tools.synthetic'),
-    ('tools.check',),
+    ('tools.check', 'tools.real_shapes', 'tools.timed'),
+    ('tools.rehearsal',),
     ('train_a1', 'sweep_a11', 'train_a2', 'build_b2', 'train_b3', 'train_b4', 'sample'),
 )
 USE_WHAT_STANDS_ABOVE_AS_A_SCRIPT = 'uti', 'gates'

@@ -22,6 +22,10 @@ def test_the_sweep_finds_a_run_that_passes(tmp_path):
     assert (tmp_path / 'best.py').exists()
 
 
+def test_the_chain_of_the_real_configs_comes_to_its_last_gate_at_real_widths(tmp_path):
+    require('-m', 'tools.rehearsal', f'--root={tmp_path}/rehearsal')
+
+
 def test_the_small_codecs_keep_what_is_in_a_picture_and_in_a_sound(tmp_path):
     require('uti.py', 'configs/b1_small.py', f'--out_dir={tmp_path}')
     require('-m', 'small.score', tmp_path)
