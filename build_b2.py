@@ -109,7 +109,7 @@ def captioned_media():
         yield from read_manifest(path, bad_samples)
     if data_json:
         for item in read_llava(data_json, image_root, bad_samples, captions=True):
-            yield CaptionedMedia(item.id, 'image', item.image, item.turns[0][1])
+            yield CaptionedMedia(item.id, 'image', item.images[0], item.turns[0][1])
     if sound_dir:
         yield from read_sound_folder(sound_dir, sound_captions, bad_samples)
 

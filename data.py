@@ -12,6 +12,7 @@ import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ import torch
 
 import lists
 from common import canonical, in_parts, read_sealed, sha256_file, write_sealed
-from examples import HASH_DIGITS, Chosen, Example, Examples, Pictures, image_sizes, in_hash_order, media_key
+from examples import HASH_DIGITS, NO_IMAGES, Chosen, Example, Examples, Pictures, image_sizes, in_hash_order, media_key
 from lists import Item, shown
 from media import BadSample
 
@@ -78,17 +79,26 @@ class ChatTemplate:
         self.known = {}
         return made
 
-    def example(self, item, ids, label_positions, image_start):
-        """Cut to max_seq_len at the end, but never in the image block: what stands before it is cut then."""
+    def example(self, item, ids, label_positions, image_starts):
+        """Cut to max_seq_len at the end, but never in an image block: what stands before the first one is cut then, and
+        what begins with another one goes as a whole, its image with it."""
         n = self.max_seq_len
         truncated = len(ids) > n
         label_positions = np.array(label_positions, np.int32)
-        kept_labels = label_positions[label_positions < n]
-        n_over = image_start + self.num_image_tokens + 1 - n           # above 0, the block does not fit
-        if image_start >= 0 and n_over > 0:
-            ids = ids[:image_start - 1 - n_over] + ids[image_start - 1:]
-            image_start -= n_over
-        return Example(item, np.array(ids[:n], np.int32), kept_labels, image_start, truncated)
+        image_starts = np.array(image_starts, np.int32)
+        n_over = image_starts[:1] + self.num_image_tokens + 1 - n      # above 0, the first block does not fit
+        if (n_over > 0).any() and not (label_positions < image_starts[0]).any():
+            n_over = n_over.item()
+            ids = ids[:image_starts[0] - 1 - n_over] + ids[image_starts[0] - 1:]
+            image_starts -= n_over
+            label_positions -= n_over
+        fits = image_starts + self.num_image_tokens < n
+        if not fits.all():
+            n = image_starts[~fits][0] - 1             # before its <|vision_start|>
+            n_images = fits.sum()
+            item = replace(item, images=item.images[:n_images], image_places=item.image_places[:n_images])
+        return Example(item, np.array(ids[:n], np.int32), label_positions[label_positions < n], image_starts[fits],
+                       truncated)
 
     def caption(self, item):
         """image block, newline, caption, end token; labels: the caption and its end."""
@@ -96,32 +106,35 @@ class ChatTemplate:
         ids = [*self.image_block, *self.encode('\n')]
         first_label = len(ids)
         ids += [*self.encode(caption), self.end]
-        return self.example(item, ids, range(first_label, len(ids)), image_start=1)
+        return self.example(item, ids, range(first_label, len(ids)), image_starts=[1])
 
     def chat(self, item):
-        """ChatML, the image block where it stands in the first user turn; labels: answers and ends.
+        """ChatML, each image block where it stands in the user turns; labels: answers and ends.
 
         An answer that is None leaves its turn open: the prompt of a reply.
         """
         ids = []
         label_positions = []
-        image_start = -1
+        image_starts = []
         newline = self.encode('\n')
         if item.system:
             ids += [self.start, *self.encode('system\n'), *self.encode(item.system), self.end, *newline]
-        for n, (question, answer) in enumerate(item.turns):
+        for n, (_, answer) in enumerate(item.turns):
             ids += [self.start, *self.encode('user\n')]
-            if n == 0 and item.image is not None:
-                before = question[:item.image_offset]
-                question = question[item.image_offset:]
-                ids += self.encode(before)
-                if before and not question:            # a newline beside an image at an end of the question; an image
-                    ids += newline                     # inside it has what stands there
-                image_start = len(ids) + 1             # after <|vision_start|>
-                ids += self.image_block
-                if not before:
+            first, *rest = parts_of(item, n)
+            ids += self.encode(first)
+            is_at_start = not first
+            for k, part in enumerate(rest):
+                # a newline beside an image at an end of the question; an image inside it has what stands there
+                if not is_at_start and not any(rest[k:]):
                     ids += newline
-            ids += [*self.encode(question), self.end, *newline]
+                image_starts.append(len(ids) + 1)      # after <|vision_start|>
+                ids += self.image_block
+                if is_at_start:
+                    ids += newline
+                ids += self.encode(part)
+                is_at_start = is_at_start and not part
+            ids += [self.end, *newline]
             ids += [self.start, *self.encode('assistant\n')]
             if answer is None:
                 break
@@ -129,24 +142,30 @@ class ChatTemplate:
             ids += [*self.encode(answer), self.end]    # the end token is learned too: it is what stops a reply
             label_positions += range(first_label, len(ids))
             ids += newline                             # between turns, no label
-        return self.example(item, ids, label_positions, image_start)
+        return self.example(item, ids, label_positions, image_starts)
 
     def text(self, text, where):
         """Plain text as it stands, markers in it included; every id after the first is a label, and one line ends the
         run when there is none. where: its file and line, which are its id."""
-        item = Item(where, None, (('', text),))
+        item = Item(where, (), (('', text),))
         ids = self.encode(text, markers=True)
         if len(ids) < 2:
             raise SystemExit(f'{where}: text is {shown(text)}, one token, which leaves nothing to predict; remove it')
-        return self.example(item, ids, range(1, len(ids)), image_start=-1)
+        return self.example(item, ids, range(1, len(ids)), image_starts=NO_IMAGES)
+
+
+def parts_of(item, turn):
+    """The question of a turn, cut where its images stand: one part more than it has images."""
+    question, _ = item.turns[turn]
+    cuts = [offset for n, offset in item.image_places if n == turn]
+    return [question[start:end] for start, end in zip([0, *cuts], [*cuts, len(question)])]
 
 
 def texts_of(item):
-    """Every text of an Item that a template may encode: the first question is cut where its image stands."""
+    """Every text of an Item that a template may encode: questions are cut where their images stand."""
     texts = [item.system]
-    for n, (question, answer) in enumerate(item.turns):
-        cut = item.image_offset if n == 0 else 0
-        texts += [question[:cut], question[cut:], answer]
+    for n, (_, answer) in enumerate(item.turns):
+        texts += [*parts_of(item, n), answer]
     return texts
 
 
@@ -240,7 +259,8 @@ def choose_split(examples, n_eval, n_golden, bucket_edges, path, bad_samples, re
     pictures = Pictures(examples, bad_samples)
     columns = pictures.examples.columns
     n_labels = columns['n_labels']
-    eligible = pictures.is_there & (columns['truncated'] == 0) & (n_labels > 0) & (columns['image_starts'] >= 0)
+    eligible = (pictures.is_there & (columns['truncated'] == 0) & (n_labels > 0)
+                & (pictures.examples.image_counts() > 0))
     edges = list(bucket_edges) or label_thirds(pictures.examples)
     bucket_of_each = bucket_of(n_labels, edges)
     ids = list(pictures.examples.ids())
@@ -267,7 +287,7 @@ def choose_split(examples, n_eval, n_golden, bucket_edges, path, bad_samples, re
         # in the order of another hash, so that any part of the set is a fair one
         chosen[name] = [ids[i] for i in in_hash_order(ids, numbers, 'order')]
     chosen['held_out'] = [ids[i] for i in pictures.held_out()]
-    chosen['media_sha256'] = {ids[i]: key for i, key in sorted(pictures.taken.items())}
+    chosen['media_sha256'] = {ids[i]: ' '.join(keys) for i, keys in sorted(pictures.taken.items())}
     chosen['fingerprint'] = sample_hashes(pictures.examples, pictures.sizes)
     write_sealed(path, chosen)
 
@@ -289,8 +309,9 @@ def require_same_data(chosen, examples, path):
     for i, id in enumerate(examples.ids()):
         sha256 = chosen['media_sha256'].get(id)
         if sha256 is not None and media_key(examples.item(i)) != sha256:
-            raise SystemExit(f'{path} was chosen from other data: {examples.item(i).image}, the image of {id!r}, has '
-                             f'changed; restore it, or {ANEW}')
+            images = ', '.join(examples.item(i).images)
+            raise SystemExit(f'{path} was chosen from other data: {images}, the image of {id!r}, has changed; restore '
+                             f'it, or {ANEW}')
 
 
 def load_split(examples, path, n_eval):
@@ -329,7 +350,7 @@ class Batch:
     logit_positions: torch.Tensor      # (M,) the position before each label: its logits predict the label
     labels: torch.Tensor               # (M,)
     label_examples: torch.Tensor       # (M,) which of the B examples a label is in
-    images: torch.Tensor | None        # uint8 (B, 3, H, W) or features (B, P, Dv)
+    images: torch.Tensor | None        # of all examples, uint8 (images, 3, H, W) or features (images, P, Dv)
     n_labels: int
     items: list                        # of the B examples
     label_ranges: list = field(default_factory=list)   # Track B: labels stand sorted by range, [(range, how many)]
@@ -386,7 +407,7 @@ def padded_layout(lengths, groups=None):
 
 
 def collate(examples, images=None, num_image_tokens=0):
-    """[Example], the array of each one's image or None -> Batch.
+    """[Example], the arrays of each one's images or None -> Batch.
 
     Where examples say the ranges of their labels, the labels of all are sorted by range, so that a typed head takes one
     slice for each.
@@ -399,8 +420,7 @@ def collate(examples, images=None, num_image_tokens=0):
     label_positions = []
     for start, example in zip(starts, examples):
         label_positions.append(start + example.label_positions.astype(np.int64))
-        if example.image_start >= 0:
-            image_positions.append(start + example.image_start + np.arange(num_image_tokens))
+        image_positions.append((start + example.image_starts[:, None] + np.arange(num_image_tokens)).ravel())
     label_examples = np.repeat(np.arange(len(examples)), [len(positions) for positions in label_positions])
     label_positions = np.concatenate(label_positions)                                           # (M,)
     label_ranges = []
@@ -411,7 +431,7 @@ def collate(examples, images=None, num_image_tokens=0):
         label_examples = label_examples[order]
         for label_range, count in zip(*np.unique(ranges, return_counts=True)):
             label_ranges.append((int(label_range), int(count)))
-    kept_images = [image for image in images or [] if image is not None]
+    kept_images = [image for of_example in images or [] for image in of_example]
     return Batch(
         input_ids=torch.from_numpy(ids),
         position_ids=torch.from_numpy(position_ids),
@@ -480,9 +500,8 @@ def deal(examples, n):
 
 
 def image_reader(read, cache=None):
-    """example -> array: uint8 pixels by read(path), or patch features from a cache, {path: array}."""
-    def get_image(example):
-        path = example.item.image
+    """path -> array: uint8 pixels by read(path), or patch features from a cache, {path: array}."""
+    def get_image(path):
         if cache is None:
             return read(path)
         if path not in cache:
@@ -494,7 +513,7 @@ def image_reader(read, cache=None):
 class Loader:
     """Examples -> batches. `workers` threads read images; one more stays a step ahead.
 
-    get_image(example) -> array, raising BadSample: such an example is left out of its batch and goes to bad_samples.
+    get_image(path) -> array, raising BadSample: such an example is left out of its batch and goes to bad_samples.
     """
     def __init__(self, get_image: Callable | None = None, num_image_tokens=0, bad_samples=None, workers=2):
         self.get_image = get_image
@@ -503,12 +522,16 @@ class Loader:
         self.readers = ThreadPoolExecutor(workers)
         self.ahead = ThreadPoolExecutor(1)             # its own: waiting for `readers` in `readers` would lock up
 
-    def image_or_reason(self, example):
-        """The image of an example, None where it has none, or the BadSample that says why there is none."""
-        if example.image_start < 0:
-            return None
+    def images_of(self, example):
+        """The array of each image of an example."""
+        if not len(example.image_starts):              # of a text, or of Track B, whose items are others
+            return []
+        return [self.get_image(path) for path in example.item.images]
+
+    def images_or_reason(self, example):
+        """The same, or the BadSample that says why one cannot be had."""
         try:
-            return self.get_image(example)
+            return self.images_of(example)
         except BadSample as e:
             return e
 
@@ -516,17 +539,17 @@ class Loader:
         """[Example] -> Batch of those whose image can be read, or None."""
         kept = []
         images = []
-        for example, image in zip(examples, self.readers.map(self.image_or_reason, examples)):
-            if isinstance(image, BadSample):
-                self.bad_samples.add(example.item.id, image)
+        for example, found in zip(examples, self.readers.map(self.images_or_reason, examples)):
+            if isinstance(found, BadSample):
+                self.bad_samples.add(example.item.id, found)
             else:
                 kept.append(example)
-                images.append(image)
+                images.append(found)
         return collate(kept, images, self.num_image_tokens) if kept else None
 
     def images(self, examples):
-        """The images of examples that all have a whole one, as one tensor, (B, ...)."""
-        return torch.from_numpy(np.stack(list(self.readers.map(self.get_image, examples))))
+        """The images of examples that all have whole ones, as one tensor, (images, ...)."""
+        return torch.from_numpy(np.stack(list(chain.from_iterable(self.readers.map(self.images_of, examples)))))
 
     def rank_batches(self, examples, micro_batch_size, rank, world_size):
         """This rank's part of a step's examples, in the order of their lengths, as micro-batches."""

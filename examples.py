@@ -8,7 +8,7 @@ import os
 import stat
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +29,7 @@ class Example:
     item: Item                         # or a Record of shards.py
     ids: np.ndarray                    # int32 (tokens,)
     label_positions: np.ndarray        # int32, positions whose id is a label
-    image_start: int                   # position of the first image pad, or -1
+    image_starts: np.ndarray           # int32 (images,), position of the first pad of each image of the item
     truncated: bool
     label_ranges: np.ndarray | None = None   # int16, the range of the token space that each label is from; None: text
 
@@ -37,23 +37,29 @@ class Example:
         return len(self.ids)
 
 
+NO_IMAGES = np.zeros(0, np.int32)      # the image_starts of a text
 HASH_DIGITS = 12                                       # of a sample in split.json, 8 MB for LLaVA's 665,000
 
 
 def file_size(path):
-    """The bytes of an image, -1 where there is no image or no file."""
+    """The bytes of an image, -1 where there is no file."""
     try:
-        return os.stat(path).st_size if path else -1
+        return os.stat(path).st_size
     except (OSError, ValueError):
         return -1
 
 
-def sample_hash(item, n_bytes):
-    """HASH_DIGITS hex digits over what a sample is: its texts, its image's path and size. Not over the image's bytes:
-    reading them all takes too long for every start. n_bytes: the size, of file_size."""
-    n_bytes = None if n_bytes < 0 else n_bytes
-    content = canonical([item.id, item.image, n_bytes, item.turns, item.system, item.image_offset])
-    return hashlib.sha256(content.encode()).hexdigest()[:HASH_DIGITS]
+def sample_hash(item, sizes):
+    """HASH_DIGITS hex digits over what a sample is: its texts, its images' paths and sizes. Not over the images' bytes:
+    reading them all takes too long for every start. sizes: of file_size, of each image."""
+    sizes = [None if n_bytes < 0 else n_bytes for n_bytes in sizes]
+    image, n_bytes, (turn, offset) = None, None, (0, 0)
+    if item.images:
+        image, n_bytes, (turn, offset) = item.images[0], sizes[0], item.image_places[0]
+    content = [item.id, image, n_bytes, item.turns, item.system, offset]
+    if turn or len(item.images) > 1:                   # without: as every split.json of one image has it
+        content.append([item.images, sizes, item.image_places])
+    return hashlib.sha256(canonical(content).encode()).hexdigest()[:HASH_DIGITS]
 
 
 def columns_of(examples, ends=None):
@@ -66,19 +72,21 @@ def columns_of(examples, ends=None):
     n_texts = []
     spans = []
     n_spans = []
-    sizes = [file_size(example.item.image) for example in examples]
-    hashes = [sample_hash(example.item, n_bytes) for example, n_bytes in zip(examples, sizes)]
+    sizes = [[file_size(path) for path in example.item.images] for example in examples]
+    hashes = [sample_hash(example.item, of_images) for example, of_images in zip(examples, sizes)]
+    places = []
     for example in examples:
         item = example.item
         turns = [text for turn in item.turns for text in turn]
-        texts += [item.id, item.image or '', item.system, *turns]
-        n_texts.append(3 + len(turns))
+        texts += [item.id, item.system, *item.images, *turns]
+        n_texts.append(2 + len(item.images) + len(turns))
+        places += item.image_places
         runs = label_spans(example.label_positions)
         spans.append(runs)
         n_spans.append(len(runs))
     packed, text_bytes = pack_texts(texts)
     counts = {'token_ends': [len(example) for example in examples], 'span_ends': n_spans, 'text_ends': n_texts,
-              'byte_ends': text_bytes}
+              'byte_ends': text_bytes, 'image_ends': [len(of_images) for of_images in sizes]}
     columns = {name: np.cumsum(count, dtype=np.int64) for name, count in counts.items()}
     for name in columns:
         columns[name] += (ends or {}).get(name, 0)
@@ -86,11 +94,11 @@ def columns_of(examples, ends=None):
         'ids': np.concatenate([np.zeros(0, np.int32), *[example.ids for example in examples]], dtype=np.int32),
         'spans': np.concatenate([np.zeros((0, 2), np.int32), *spans]).reshape(-1),
         'n_labels': np.array([len(example.label_positions) for example in examples], np.int32),
-        'image_starts': np.array([example.image_start for example in examples], np.int32),
-        'image_offsets': np.array([example.item.image_offset for example in examples], np.int32),
+        'image_starts': np.concatenate([NO_IMAGES, *[example.image_starts for example in examples]], dtype=np.int32),
+        'image_places': np.array(places, np.int32).reshape(-1),
         'truncated': np.array([example.truncated for example in examples], np.uint8),
         'texts': packed,
-        'image_bytes': np.array(sizes, np.int64),
+        'image_bytes': np.array(list(chain.from_iterable(sizes)), np.int64),
         'hashes': np.frombuffer(bytes.fromhex(''.join(hashes)), np.uint8),
     }
 
@@ -116,7 +124,7 @@ class Examples(Sequence):
         return examples if isinstance(examples, cls) else cls(columns_of(examples))
 
     def __len__(self):
-        return len(self.columns['image_starts'])
+        return len(self.columns['image_ends'])
 
     def bounds(self, name, i):
         """Where the part of `i` begins and ends, by a column of ends."""
@@ -139,28 +147,34 @@ class Examples(Sequence):
             self.item(i),
             columns['ids'][first:last].copy(),
             np.concatenate(positions) if positions else np.zeros(0, np.int32),
-            int(columns['image_starts'][i]),
+            columns['image_starts'][slice(*self.bounds('image_ends', i))].copy(),
             bool(columns['truncated'][i]),
         )
 
     def item(self, i):
-        first, last = self.bounds('text_ends', i)
-        id, image, system, *turns = [self.text(n) for n in range(first, last)]
-        return Item(id, image or None, tuple(zip(turns[::2], turns[1::2])), system,
-                    int(self.columns['image_offsets'][i]))
+        id, system, *texts = [self.text(n) for n in range(*self.bounds('text_ends', i))]
+        first, last = self.bounds('image_ends', i)
+        turns = texts[last - first:]
+        places = self.columns['image_places'][2 * first:2 * last].reshape(-1, 2).tolist()
+        return Item(id, tuple(texts[:last - first]), tuple(zip(turns[::2], turns[1::2])), system,
+                    tuple(map(tuple, places)))
 
     def ids(self):
         """The id of each, one after the other."""
-        return self.first_texts(0)
+        for i in range(len(self)):
+            yield self.text(self.bounds('text_ends', i)[0])
 
     def images(self):
-        """The image path of each, '' where there is none, one after the other."""
-        return self.first_texts(1)
-
-    def first_texts(self, k):
-        text_ends = self.columns['text_ends']
+        """The path of every image of each, one after the other."""
         for i in range(len(self)):
-            yield self.text((int(text_ends[i - 1]) if i else 0) + k)
+            first, last = self.bounds('image_ends', i)
+            if first < last:
+                start = self.bounds('text_ends', i)[0] + 2     # after id and system
+                yield from (self.text(start + k) for k in range(last - first))
+
+    def image_counts(self):
+        """(examples,), how many images each has."""
+        return np.diff(self.columns['image_ends'], prepend=0)
 
     def label_counts(self):
         """(examples, cut ones, ones without a label), without making any."""
@@ -169,10 +183,12 @@ class Examples(Sequence):
     def hashes(self, image_bytes):
         """The sample_hash of each, in their order, as one text: where two differ is which sample differs.
 
-        image_bytes: (examples,), what file_size says of each now."""
+        image_bytes: (images,), what file_size says of each now."""
         hashes = self.columns['hashes'].reshape(len(self), -1).copy()
-        for i in np.flatnonzero(image_bytes != self.columns['image_bytes']).tolist():   # it has changed since
-            hashes[i] = list(bytes.fromhex(sample_hash(self.item(i), image_bytes[i].item())))
+        changed = np.flatnonzero(image_bytes != self.columns['image_bytes'])
+        for i in np.unique(np.searchsorted(self.columns['image_ends'], changed, side='right')).tolist():
+            sizes = image_bytes[slice(*self.bounds('image_ends', i))].tolist()
+            hashes[i] = list(bytes.fromhex(sample_hash(self.item(i), sizes)))
         return hashes.tobytes().hex()
 
 
@@ -221,15 +237,16 @@ def require_media_file(path, kind='file'):
 
 
 def media_key(item):
-    """What a split is decided by: the bytes of the image file, never the caption; the text of a sample without one."""
-    if item.image is None:
+    """The bytes of a sample's images, as a text: their sha256, one behind the other; that of the text of a sample
+    without one."""
+    if not item.images:
         return hashlib.sha256(repr(item.turns).encode()).hexdigest()
-    return media_sha256(item.image, 'image')
+    return ' '.join(media_sha256(path, 'image') for path in item.images)
 
 
 def image_sizes(examples):
-    """(examples,) int64, the bytes of each one's image now, -1 for none."""
-    return np.fromiter(map(file_size, Examples.of(examples).images()), np.int64, len(examples))
+    """(images,) int64, the bytes of every image now, -1 where there is no file."""
+    return np.fromiter(map(file_size, Examples.of(examples).images()), np.int64)
 
 
 def in_hash_order(ids, numbers, word):
@@ -239,19 +256,20 @@ def in_hash_order(ids, numbers, word):
 
 
 class Pictures:
-    """The pictures of examples, by their bytes: which are held out. Equal bytes have equal sizes: the bytes of those
-    that are held out are read, and of those that have the size of one of them, and no others."""
+    """The pictures of examples, by their bytes, never the captions: which are held out. Equal bytes have equal sizes:
+    the bytes of those that are held out are read, and of those that have the size of one of them, and no others."""
     def __init__(self, examples, bad_samples):
         self.examples = Examples.of(examples)
         self.bad_samples = bad_samples
-        self.sizes = image_sizes(self.examples)
-        self.is_there = np.ones(len(examples), bool)   # and as far as can be told it can be read
-        self.keys = {}                                 # {path: the sha256 of the picture, None: it cannot be read}
-        self.taken = {}                                # {number of an example that was chosen: that of its picture}
-        for i, path in enumerate(self.examples.images()):
+        self.sizes = image_sizes(self.examples)                                                 # (images,)
+        self.examples_of = np.repeat(np.arange(len(examples)), self.examples.image_counts())    # (images,)
+        self.is_there = np.ones(len(examples), bool)   # and as far as can be told its pictures can be read
+        self.known = {}                                # {path: the sha256 of the picture, None: it cannot be read}
+        self.taken = {}                                # {number of an example that was chosen: those of its pictures}
+        self.taken_keys = set()
+        for i, path in zip(self.examples_of.tolist(), self.examples.images(), strict=True):
             try:
-                if path:
-                    require_media_file(path, 'image')
+                require_media_file(path, 'image')
             except BadSample as e:
                 self.leave_out(i, e)
 
@@ -259,38 +277,42 @@ class Pictures:
         self.is_there[i] = False
         self.bad_samples.add(self.examples.item(i).id, reason)
 
-    def key(self, i):
-        """The sha256 of a picture; None when it cannot be read."""
-        item = self.examples.item(i)
-        if item.image not in self.keys:
-            self.keys[item.image] = None
-            try:
-                self.keys[item.image] = media_key(item)
-            except BadSample as e:
-                self.leave_out(i, e)
-        return self.keys[item.image]
+    def keys(self, i):
+        """The sha256 of each picture of an example; None for one that cannot be read."""
+        keys = []
+        for path in self.examples.item(i).images:
+            if path not in self.known:
+                self.known[path] = None
+                try:
+                    self.known[path] = media_sha256(path, 'image')
+                except BadSample as e:
+                    self.leave_out(i, e)
+            keys.append(self.known[path])
+        return keys
 
     def take(self, i, read):
-        """Choose example i, when no other one that was chosen has its picture and it is whole; whether it was."""
-        key = self.key(i)
-        if key is None or key in self.taken.values():
+        """Choose example i, when no other one that was chosen has one of its pictures and they are whole; whether it
+        was."""
+        keys = self.keys(i)
+        if None in keys or self.taken_keys.intersection(keys):
             return False
         item = self.examples.item(i)
         try:
-            read(item.image)
+            for path in item.images:
+                read(path)
         except BadSample as e:
             self.bad_samples.add(item.id, e)
             return False
-        self.taken[i] = key
+        self.taken[i] = keys
+        self.taken_keys.update(keys)
         return True
 
     def held_out(self):
-        """The numbers of all examples whose picture was chosen with one of them, or cannot be read."""
-        keys = set(self.taken.values())
+        """The numbers of all examples that have a picture of a chosen one, or one that cannot be read."""
         held_out = set(self.taken)
-        sizes = self.sizes[np.array(list(self.taken), int)]
-        for i in np.flatnonzero(np.isin(self.sizes, sizes) & self.is_there).tolist():
-            if self.key(i) in keys:
+        sizes = self.sizes[np.isin(self.examples_of, list(self.taken))]
+        for i in np.unique(self.examples_of[np.isin(self.sizes, sizes)]).tolist():
+            if self.is_there[i] and self.taken_keys.intersection(self.keys(i)):
                 held_out.add(i)
         return sorted(held_out.union(np.flatnonzero(~self.is_there).tolist()))
 
@@ -351,6 +373,7 @@ def remember_pictures(paths, folder, stamps, keys):
 # -----------------------------------------------------------------------------
 # prepared examples: a list, read and tokenized once
 
+FORMAT = 2                                             # of columns_of: with another one, files are made anew
 PART = 2000                                            # examples that are in memory while a list is prepared
 
 
@@ -391,7 +414,7 @@ def prepared_file(kind, path, template, bad_samples, image_root):
     except OSError as e:
         raise SystemExit(f'{path}: cannot read this {"text file" if kind == "text" else "data set"} ({e.strerror}); '
                          'is the path right?')
-    key = canonical([kind, sha256, os.fspath(path), os.fspath(image_root), template.sha256()])
+    key = canonical([FORMAT, kind, sha256, os.fspath(path), os.fspath(image_root), template.sha256()])
     name = f'{kind}s-{hashlib.sha256(key.encode()).hexdigest()[:16]}.safetensors'
     root = Root(image_root)
     folder = writable_folder(Path(path), name)
@@ -423,7 +446,7 @@ def links_are_as_they_were(file, root, links_out):
     """Whether what a list's links were found to be when this file was written is still true."""
     if any(root.holds(path) for path in links_out):
         return False
-    return all(root.holds(path) for path in Examples(open_columns(file)).images() if path)
+    return all(root.holds(path) for path in Examples(open_columns(file)).images())
 
 
 def enter_bad_samples(sealed, bad_samples):

@@ -49,41 +49,63 @@ def token_moments(image_tokens, width, device):
     return mean.to(device), std.to(device)
 
 
+def images_before(counts, place):
+    """As many images as the example at this place has, of the examples before it: [(place, number of its image)].
+
+    counts: of the images of each example. Places go on below 0, from the end; where all others have too few, some are
+    taken again.
+    """
+    found = []
+    other = place
+    while len(found) < counts[place] and other > place - len(counts) + 1:
+        other -= 1
+        found = [(other, k) for k in range(counts[other])] + found
+    return (counts[place] * found)[-counts[place]:]
+
+
 @torch.no_grad()
 def image_ablation(vlm, loader, examples, batch_size, seed, rank=0, world_size=1):
-    """The loss of each example under four images: {condition: (examples,) float64}, in nats, on every rank.
+    """The loss of each example under four kinds of images: {condition: (examples,) float64}, in nats, on every rank.
 
-    correct   its own image
-    shuffled  another example's: a derangement over the whole set, so that nobody keeps its own
+    correct   its own
+    shuffled  other examples': a derangement over the whole set, so that nobody keeps its own
     zero      image tokens that are all zero
     noise     Gaussian image tokens, with the mean and deviation that real ones have in each dimension
     """
     vlm.eval()
     device = vlm.llm.device
-    order = np.random.default_rng(seed).permutation(len(examples))     # each gets the image of the one before it
+    order = np.random.default_rng(seed).permutation(len(examples)).tolist()   # each gets images of those before it
+    counts = [len(examples[i].image_starts) for i in order]
     blocks = np.array_split(np.arange(len(examples)), world_size)
-    places = blocks[rank]
-    mine = [order[place - 1] for place in places[:1]] + order[places].tolist()   # and the one before the first
-    tokens = []                                        # (N, D) each: every image goes through the tower once
-    for part in stoppable_parts(mine, batch_size, most=len(blocks[0]) + 1):
-        tokens += vlm.image_tokens(loader.images([examples[i] for i in part]).to(device))
+    places = blocks[rank].tolist()
+    others = {place: images_before(counts, place) for place in places}
+    first = min((place for found in others.values() for place, _ in found), default=0)
+    mine = range(first, places[-1] + 1) if places else []   # places, counted from the end below 0
+    tokens = {}                                        # {place: (images, N, D)}: each goes through the tower once
+    for part in stoppable_parts(mine, batch_size, most=len(blocks[0]) + max(counts)):
+        found = vlm.image_tokens(loader.images([examples[order[place]] for place in part]).to(device))
+        tokens.update(zip(part, found.split([counts[place] for place in part])))
     # noise needs the moments of all real tokens, over every rank
-    mean, std = token_moments([real[None] for real in tokens[1:]], vlm.llm.config.hidden_size, device)
+    mean, std = token_moments([tokens[place] for place in places], vlm.llm.config.hidden_size, device)
 
     losses = {}                                        # {index of an example: its loss under each condition}
-    for part in stoppable_parts(range(1, len(mine)), batch_size, most=len(blocks[0])):
-        part = sorted(part, key=lambda k: len(examples[mine[k]]), reverse=True)
-        correct = torch.stack([tokens[k] for k in part])                                        # (B, N, D)
+    for part in stoppable_parts(places, batch_size, most=len(blocks[0])):
+        part = sorted(part, key=lambda place: len(examples[order[place]]), reverse=True)
+        correct = torch.cat([tokens[place] for place in part])                                  # (images, N, D)
         # seeded by the example: the same noise for any batch size and number of ranks
-        draws = [torch.randn(correct.shape[1:], generator=torch.Generator().manual_seed(mine[k])) for k in part]
+        draws = []
+        for place in part:
+            generator = torch.Generator().manual_seed(order[place])
+            draws.append(torch.randn(tokens[place].shape, generator=generator))
+        shuffled = [tokens[other][k] for place in part for other, k in others[place]]
         images = {'correct': correct,
-                  'shuffled': torch.stack([tokens[k - 1] for k in part]),
+                  'shuffled': torch.stack(shuffled),
                   'zero': torch.zeros_like(correct),
-                  'noise': (mean + std * torch.stack(draws).to(device)).to(correct.dtype)}
-        batch = collate([examples[mine[k]] for k in part], None, correct.shape[1]).to(device)
+                  'noise': (mean + std * torch.cat(draws).to(device)).to(correct.dtype)}
+        batch = collate([examples[order[place]] for place in part], None, correct.shape[1]).to(device)
         by_label = [vlm.nll(batch, images[condition]).double() for condition in CONDITIONS]     # four times (M,)
         sums = sum_by_example(torch.stack(by_label, dim=1), batch).tolist()
-        losses.update({mine[k]: row for k, row in zip(part, sums)})
+        losses.update({order[place]: row for place, row in zip(part, sums)})
     vlm.train()
     every = {}
     for of_a_rank in all_gather(losses):
@@ -96,7 +118,8 @@ def image_ablation(vlm, loader, examples, batch_size, seed, rank=0, world_size=1
 def crossed_losses(vlm, loader, examples, sets, batch_size, rank=0, world_size=1):
     """The loss of every example of a set under every image of the set: (sets, n, n) float64, in nats, on every rank.
 
-    [s, i, j] is that of example j under the image of example i. sets: of matching_sets, all of n indices.
+    [s, i, j] is that of example j under the images of example i. sets: of matching_sets, all of n indices of examples
+    with as many images.
     """
     vlm.eval()
     device = vlm.llm.device
@@ -105,12 +128,13 @@ def crossed_losses(vlm, loader, examples, sets, batch_size, rank=0, world_size=1
         chosen = [examples[i] for i in members]
         n = len(chosen)
         images = [loader.images(part).to(device) for part in in_parts(chosen, batch_size)]
-        tokens = torch.cat([vlm.image_tokens(part) for part in images])                         # (n, N, D)
+        tokens = torch.cat([vlm.image_tokens(part) for part in images])                         # (n * images, N, D)
+        tokens = tokens.unflatten(0, (n, -1))                                                   # (n, images, N, D)
         losses = []
         for part in rank_parts(range(n * n), batch_size, rank, world_size):
             texts = [chosen[k // n] for k in part]     # text by text: those of a batch are equally long
-            batch = collate(texts, None, tokens.shape[1]).to(device)
-            by_label = vlm.nll(batch, tokens[[k % n for k in part]]).double()                   # (M,)
+            batch = collate(texts, None, tokens.shape[2]).to(device)
+            by_label = vlm.nll(batch, tokens[[k % n for k in part]].flatten(0, 1)).double()     # (M,)
             losses.extend(sum_by_example(by_label[:, None], batch)[:, 0].tolist())
         tables.append(np.array(gather_in_order(losses)).reshape(n, n).T)
     vlm.train()
@@ -119,7 +143,7 @@ def crossed_losses(vlm, loader, examples, sets, batch_size, rank=0, world_size=1
 
 def caption_keys(examples):
     """(input, output) of each example, for matching_sets."""
-    return [(example.item.image, example.ids[example.label_positions].tobytes()) for example in examples]
+    return [(example.item.images, example.ids[example.label_positions].tobytes()) for example in examples]
 
 
 def ablation_means(losses, counts, bucket_edges, crossed):
@@ -231,17 +255,19 @@ def generate(llm, prompts, max_new_tokens, stop_ids, temperature=0.0, top_p=1.0,
 def complete_examples(vlm, loader, prompts, batch_size, max_new_tokens, stop_ids, rank=0, world_size=1):
     """Greedy continuations, a list of ids for each prompt, on every rank.
 
-    prompts: [(example, length of its prompt in ids)]; the example's image goes in where it has one.
+    prompts: [(example, length of its prompt in ids)]; the images that stand in the prompt go in.
     """
     vlm.eval()
     outputs = []
     for part in rank_parts(prompts, batch_size, rank, world_size):
         embeds = []
         for example, length in part:
+            starts = example.image_starts[example.image_starts < length]
             image_tokens = None
-            if example.image_start >= 0:
-                image_tokens = vlm.image_tokens(loader.images([example]).to(vlm.llm.device))    # (1, N, D)
-            embeds.append(vlm.embed_prompt(example.ids[:length], example.image_start, image_tokens))
+            if len(starts):
+                images = loader.images([example])[:len(starts)]
+                image_tokens = vlm.image_tokens(images.to(vlm.llm.device))                      # (images, N, D)
+            embeds.append(vlm.embed_prompt(example.ids[:length], starts, image_tokens))
         with vlm.precision():
             outputs.extend(generate(vlm.llm, embeds, max_new_tokens, stop_ids=stop_ids))
     vlm.train()
@@ -277,8 +303,10 @@ def write_predictions(path, vlm, loader, template, examples, batch_size, max_new
         if turn == 0:
             first_replies.append(f'{question} - {text}' if question else text)
         if rank == 0:                                  # only who writes needs the hash of the file
-            lines.append(json.dumps({'id': item.id, 'image': item.image, 'image_sha256': sha256_file(item.image),
-                                     **asked, 'truth': truth, 'prediction': text}) + '\n')
+            named = {'image': item.images, 'image_sha256': [sha256_file(path) for path in item.images]}
+            if len(item.images) == 1:                  # as lists have it: one path, or a list of several
+                named = {key: value[0] for key, value in named.items()}
+            lines.append(json.dumps({'id': item.id, **named, **asked, 'truth': truth, 'prediction': text}) + '\n')
     if rank == 0:
         write_atomic(path, ''.join(lines))
     return predictions, first_replies
@@ -311,14 +339,14 @@ class VisionChat:
         Exits with one line when they do not fit into max_seq_len.
         """
         if turns:
-            example = self.template.chat(Item('chat', 'image', tuple(turns)))
+            example = self.template.chat(Item('chat', ('image',), tuple(turns)))
             ids = example.ids
         else:
-            example = self.template.caption(Item('caption', 'image', (('', ''),)))
+            example = self.template.caption(Item('caption', ('image',), (('', ''),)))
             ids = example.ids[:example.label_positions[0]]   # without the empty caption's end token
         if example.truncated:
             raise SystemExit(f'the chat is longer than max_seq_len = {self.template.max_seq_len}: start a new one')
-        prompt = self.vlm.embed_prompt(ids, example.image_start, image_tokens)                  # (T, D)
+        prompt = self.vlm.embed_prompt(ids, example.image_starts, image_tokens)                 # (T, D)
         with self.vlm.precision():
             output = generate(self.vlm.llm, [prompt], max_new_tokens, stop_ids=[self.template.end],
                               temperature=temperature, top_p=top_p, seeds=[seed])[0]

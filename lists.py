@@ -240,13 +240,17 @@ def good_records(records, read, bad_samples):
 
 @dataclass(frozen=True)
 class Item:
-    """One sample: an image path (or None) and its turns, [(question, answer)]; captions have one turn that asks
+    """One sample: the paths of its images and its turns, [(question, answer)]; captions have one turn that asks
     nothing."""
     id: str
-    image: str | None
+    images: tuple
     turns: tuple
     system: str = ''                   # the system turn of a chat; '' for none
-    image_offset: int = 0              # characters of the first question that stand before the image
+    image_places: tuple = ()           # (turn, characters of its question before it) of each image; () for all first
+
+    def __post_init__(self):
+        if not self.image_places:
+            object.__setattr__(self, 'image_places', len(self.images) * ((0, 0),))
 
 
 def read_llava(path, image_root, bad_samples, captions=False):
@@ -288,23 +292,22 @@ def is_json_lines(file):
 
 
 def read_llava_item(record, id, where, root, captions):
-    image = record.get('image')
-    if isinstance(image, list):
-        if len(image) > 1:
-            raise BadSample(f'{where}: {len(image)} images, wanted one')
-        image = image[0] if image else None
+    images = record.get('image')
+    if not isinstance(images, list):
+        images = [] if images is None else [images]
+    if len(images) > 1:
+        raise BadSample(f'{where}: {len(images)} images, wanted one')
     if record.get('video'):
         raise BadSample(f'{where}: a video, wanted an image')
-    if image is not None:
-        image = root.path(image, where)
+    images = tuple(root.path(image, where) for image in images)
     system, turns = read_turns(record.get('conversations'), where)
-    turns[0], image_offset = place_image(turns, image, where)
+    turns, places = place_images(turns, len(images), where)
     if not captions:
-        return Item(id, image, tuple(turns), system, image_offset)
-    if image is None:
+        return Item(id, images, turns, system, places)
+    if not images:
         raise BadSample(f'{where}: a caption without an image')
     caption = turns[0][1]
-    return Item(id, image, (('', caption),))
+    return Item(id, images, (('', caption),))
 
 
 def read_turns(turns, where):
@@ -334,23 +337,29 @@ def read_turns(turns, where):
     return system, list(zip(questions, answers))
 
 
-def place_image(turns, image, where):
-    """The first turn without the <image> mark of its question, and how many characters stand before the image."""
-    for n, (question, _) in enumerate(turns, 1):
+def place_images(turns, n_images, where):
+    """(the turns without the <image> marks of their questions, the place of each image: (turn, characters of its
+    question before it))."""
+    unmarked = []
+    places = []
+    for n, (question, answer) in enumerate(turns):
         if '<video>' in question:
-            raise BadSample(f'{where}: <video> in question {n}, wanted an image')
-        if '<image>' in question and n > 1:
-            raise BadSample(f'{where}: <image> in question {n}, wanted it in the first')
-    question, answer = turns[0]
-    n_marks = question.count('<image>')
-    n_images = int(image is not None)
-    if n_marks != n_images:
-        raise BadSample(f'{where}: {n_marks} <image> marks for {n_images} images, wanted one each')
-    if image is None:
-        return turns[0], 0
-    before, _, after = question.partition('<image>')
-    question = (before + after).strip()                # the template puts a newline beside an image at an end
-    return (question, answer), min(len(before), len(question))
+            raise BadSample(f'{where}: <video> in question {n + 1}, wanted an image')
+        if '<image>' in question and n > 0:
+            raise BadSample(f'{where}: <image> in question {n + 1}, wanted it in the first')
+        text, *rest = question.split('<image>')
+        offsets = []
+        for part in rest:
+            offsets.append(len(text))
+            text += part
+        if rest:                                       # the template puts a newline beside an image at an end
+            n_stripped = len(text) - len(text.lstrip())
+            text = text.strip()
+            places += [(n, min(max(offset - n_stripped, 0), len(text))) for offset in offsets]
+        unmarked.append((text, answer))
+    if len(places) != n_images:
+        raise BadSample(f'{where}: {len(places)} <image> marks for {n_images} images, wanted one each')
+    return tuple(unmarked), tuple(places)
 
 
 def text_lines(path):

@@ -199,7 +199,7 @@ def write_picture(path, image):
 
 
 def contact_sheet(path, images, captions, columns=8, side=160, lines=6):
-    """One PNG of all pictures, files, with their captions below."""
+    """One PNG of all pictures with their captions below. images: the files of each cell, side by side in squares."""
     if not images:
         return
     cell_width = side + 8
@@ -207,11 +207,14 @@ def contact_sheet(path, images, captions, columns=8, side=160, lines=6):
     n_rows = math.ceil(len(images) / columns)
     sheet = Image.new('RGB', (columns * cell_width, n_rows * cell_height), 'white')
     pen = ImageDraw.Draw(sheet)
-    for n, (image, text) in enumerate(zip(images, captions)):
+    for n, (files, text) in enumerate(zip(images, captions)):
         x = n % columns * cell_width + 4
         y = n // columns * cell_height + 4
-        pixels = read_image(image, side).transpose(1, 2, 0)
-        sheet.paste(Image.fromarray(pixels), (x, y))
+        n_beside = math.ceil(len(files) ** 0.5)        # of k pictures, in rows
+        each = side // max(n_beside, 1)
+        for k, file in enumerate(files):
+            pixels = read_image(file, each).transpose(1, 2, 0)
+            sheet.paste(Image.fromarray(pixels), (x + k % n_beside * each, y + k // n_beside * each))
         wrapped = textwrap.wrap(text, side // 6)[:lines]
         pen.text((x, y + side + 2), '\n'.join(wrapped), fill='black')
     write_picture(path, sheet)

@@ -389,30 +389,33 @@ class VLM(nn.Module):
         return self
 
     def image_tokens(self, images):
-        """uint8 pixels (B, 3, H, W) or patch features (B, P, Dv) -> (B, N, D)."""
+        """uint8 pixels (images, 3, H, W) or patch features (images, P, Dv) -> (images, N, D)."""
         with self.precision():
-            patches = self.tower(images) if images.ndim == 4 else images                        # (B, P, Dv)
+            patches = self.tower(images) if images.ndim == 4 else images                        # (images, P, Dv)
             # a cache holds fp16
             return self.connector(patches.to(self.connector.enter.weight.dtype))
 
     def embed(self, input_ids, image_positions=None, image_tokens=None):
-        """Embeddings (T, D) of ids (T,), image tokens (B, N, D) written over the positions (B * N,). No host sync."""
+        """Embeddings (T, D) of ids (T,), image tokens (images, N, D) written over the positions (images * N,). No host
+        sync."""
         embeds = self.llm.get_input_embeddings()(input_ids)
         if image_positions is None or len(image_positions) == 0:
             return embeds
         return embeds.index_copy(0, image_positions, image_tokens.flatten(0, 1).to(embeds.dtype))
 
-    def embed_prompt(self, ids, image_start, image_tokens=None):
-        """Embeddings (T, D) of one prompt. image_tokens: (1, N, D), from image_start on, or None."""
+    def embed_prompt(self, ids, image_starts, image_tokens=None):
+        """Embeddings (T, D) of one prompt. image_tokens: (images, N, D), from each of image_starts on, or None."""
         device = self.llm.device
         ids = torch.as_tensor(ids, dtype=torch.long, device=device)
         if image_tokens is None:
             return self.embed(ids)
-        positions = image_start + torch.arange(image_tokens.shape[1], device=device)
-        return self.embed(ids, positions, image_tokens)
+        starts = torch.as_tensor(image_starts, dtype=torch.long, device=device)
+        positions = starts[:, None] + torch.arange(image_tokens.shape[1], device=device)
+        return self.embed(ids, positions.flatten(), image_tokens)
 
     def nll(self, batch, image_tokens=None):
-        """Loss of every label, (M,), in nats. image_tokens: (B, N, D), others than those of the batch's own images."""
+        """Loss of every label, (M,), in nats. image_tokens: (images, N, D), others than those of the batch's own
+        images."""
         if image_tokens is None and batch.images is not None:
             image_tokens = self.image_tokens(batch.images)
         embeds = self.embed(batch.input_ids, batch.image_positions, image_tokens)               # (T, D)

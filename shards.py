@@ -18,6 +18,7 @@ from safetensors import safe_open
 
 from common import gather_in_order, rank_of, read_sealed, sha256_file, write_atomic, write_sealed
 from data import ChatTemplate, Example, shuffled_index
+from examples import NO_IMAGES
 from lists import json_lines, path_inside, read_list, read_records, read_text_lines, require_text
 from media import BadSample
 from uti import TASKS, TokenSpace, tokenizer_sha256
@@ -416,7 +417,7 @@ def token_example(record, task, grammar, max_seq_len):
         item=record,
         ids=document.ids[:max_seq_len],
         label_positions=document.label_positions[fits],
-        image_start=-1,
+        image_starts=NO_IMAGES,
         truncated=len(record.text) > room,
         label_ranges=document.label_ranges[fits],
     )

@@ -396,7 +396,7 @@ def write_completions(path, task, examples, outputs, tokenizer, uti=None, batch_
     files = [folder / f'{n:03d}.png' for n in range(len(decoded))]
     for file, pixels in zip(files, decoded):
         write_picture(file, Image.fromarray(pixels.transpose(1, 2, 0)))
-    contact_sheet(f'{path}.png', files[:64], truths[:64])
+    contact_sheet(f'{path}.png', [(file,) for file in files[:64]], truths[:64])
     return decoded
 
 

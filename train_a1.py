@@ -267,7 +267,7 @@ while True:
             means['distinct'] = distinct([p.text for p in predictions])
             if rank == 0:
                 sheet = out / 'golden' / f'step_{step:06d}.png'
-                contact_sheet(sheet, [example.item.image for example in golden_set], captions)
+                contact_sheet(sheet, [example.item.images for example in golden_set], captions)
             if not evaluated:
                 log.write('eval', step=step, **means)
             evaluated = True

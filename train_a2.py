@@ -160,9 +160,8 @@ if frozen_before != align_meta['frozen_sha256']:
 norm_groups = {'connector': 'connector.', 'lora': 'llm.'}   # the log has a gradient norm for each
 cache = None
 if feature_cache:
-    images = filter(None, examples.images())
-    cache = cache_features(feature_cache, model.tower, images, read=read, device=device, max_gb=feature_cache_gb,
-                           rank=rank, world_size=world_size)
+    cache = cache_features(feature_cache, model.tower, examples.images(), read=read, device=device,
+                           max_gb=feature_cache_gb, rank=rank, world_size=world_size)
 loader = Loader(image_reader(read, cache), num_image_tokens, bad_samples, workers)
 sampler = ShuffledSampler(train_set, global_batch_size, seed)
 if rank == 0:
@@ -299,7 +298,7 @@ while True:
             means['distinct'] = distinct([p.text for p in predictions])
             if rank == 0:
                 sheet = out / 'golden' / f'step_{step:06d}.png'
-                contact_sheet(sheet, [example.item.image for example in golden_set], captions)
+                contact_sheet(sheet, [example.item.images for example in golden_set], captions)
             if not evaluated:
                 log.write('eval', step=step, **means)
             evaluated = True

@@ -564,7 +564,7 @@ if __name__ == '__main__':
             listed[medium.modality].append((medium.id, medium.path))
     if data_json and uti.image_codec:
         llava_items = read_llava(data_json, image_root, bad_samples)
-        listed['image'] = [(item.id, item.image) for item in llava_items if item.image]
+        listed['image'] = [(item.id, item.images[0]) for item in llava_items if item.images]
     read = {}                                          # of each modality that has a codec
     if uti.image_codec:
         read['image'] = partial(read_image, size=uti.image_codec.size)

@@ -14,6 +14,7 @@ from transformers import (
 
 from common import Progress, frozen_dtype
 from data import Example, collate
+from examples import NO_IMAGES
 from lists import Item, read_texts
 from model import VLM, save_pretrained
 from small import corpus
@@ -159,7 +160,7 @@ def text_examples(tokenizer, pairs):
     for n, (context, answer) in enumerate(zip(contexts, answers)):
         ids = np.array(context + answer, np.int32)
         label_positions = np.arange(max(len(context), 1), len(ids))    # nothing is before the first id to predict it
-        examples.append(Example(Item(str(n), None, ()), ids, label_positions, image_start=-1, truncated=False))
+        examples.append(Example(Item(str(n), (), ()), ids, label_positions, NO_IMAGES, truncated=False))
     return examples
 
 

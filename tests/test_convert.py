@@ -61,7 +61,7 @@ def read_back(out):
     items = read_llava(out / 'data.json', out / 'images', BadSamples(out / 'none.jsonl', 0))
     found = {}
     for item in items:
-        content = open(item.image, 'rb').read() if item.image else None
+        content = open(item.images[0], 'rb').read() if item.images else None
         found[item.id] = (content, item.turns)
     return found
 

@@ -48,10 +48,11 @@ def read(folder, *records, **how):
 
 def test_a_chat_and_a_caption_are_read_without_their_image_marks(tmp_path):
     image = str(tmp_path / 'images' / 'a.png')
-    assert read(tmp_path, record('one')) == [Item('one', image, (('What?', 'a dot'),))]
-    assert read(tmp_path, record('one', ask='What?\n<image>'), captions=True) == [Item('one', image, (('', 'a dot'),))]
+    assert read(tmp_path, record('one')) == [Item('one', (image,), (('What?', 'a dot'),))]
+    caption = record('one', ask='What?\n<image>')
+    assert read(tmp_path, caption, captions=True) == [Item('one', (image,), (('', 'a dot'),))]
     text_only = {'id': 7, 'conversations': record(ask='Why?')['conversations']}
-    assert read(tmp_path, text_only) == [Item('7', None, (('Why?', 'a dot'),))]
+    assert read(tmp_path, text_only) == [Item('7', (), (('Why?', 'a dot'),))]
 
 
 @pytest.mark.parametrize('ask, question, before', [
@@ -60,7 +61,8 @@ def test_a_chat_and_a_caption_are_read_without_their_image_marks(tmp_path):
     ('Is\n<image>\nbig?', 'Is\n\nbig?', 'Is\n')])
 def test_the_image_stays_where_its_mark_stands(tmp_path, ask, question, before):
     [item] = read(tmp_path, record(ask=ask))
-    assert item.turns == ((question, 'a dot'),) and question[:item.image_offset] == before
+    assert item.turns == ((question, 'a dot'),) and item.image_places == ((0, len(before)),)
+    assert question.startswith(before)
 
 
 HUMAN, GPT = record()['conversations']
@@ -84,7 +86,7 @@ def test_lists_are_taken_as_they_come(tmp_path, kind):
     question = 'One\u2028two?' if 'separator' in kind else 'What?'
     system = 'Be brief.' if 'system' in kind else ''
     id = '7' if 'number' in kind else 'bad'
-    assert item == Item(id, str(tmp_path / 'images' / 'a.png'), ((question, 'a dot'),), system)
+    assert item == Item(id, (str(tmp_path / 'images' / 'a.png'),), ((question, 'a dot'),), system)
 
 
 def test_an_id_that_comes_again_gets_a_number_and_so_does_a_sample_without_one(tmp_path):
@@ -224,66 +226,69 @@ def tokenizer(tiny):
 
 
 def test_the_labels_of_a_caption_are_its_text_and_the_end_token():
-    example = LETTERS.caption(Item('a', 'a.png', (('', 'hi'),)))
+    example = LETTERS.caption(Item('a', ('a.png',), (('', 'hi'),)))
     assert example.ids.tolist() == [1, 3, 3, 2, 10, ord('h'), ord('i'), 5]
-    assert (example.label_positions.tolist(), example.image_start, example.truncated) == ([5, 6, 7], 1, False)
+    assert (example.label_positions.tolist(), example.image_starts.tolist()) == ([5, 6, 7], [1])
+    assert not example.truncated
 
 
 def test_the_labels_of_a_chat_are_its_answers_and_their_end_tokens():
-    example = LETTERS.chat(Item('a', 'a.png', (('Q', 'A'), ('R', 'BC'))))
+    example = LETTERS.chat(Item('a', ('a.png',), (('Q', 'A'), ('R', 'BC'))))
     user = [4, *map(ord, 'user\n')]                    # 6 ids
     assistant = [4, *map(ord, 'assistant\n')]          # 11 ids
     assert example.ids.tolist() == [
         *user, 1, 3, 3, 2, 10, ord('Q'), 5, 10, *assistant, ord('A'), 5, 10,
         *user, ord('R'), 5, 10, *assistant, ord('B'), ord('C'), 5, 10]
-    assert (example.label_positions.tolist(), example.image_start) == ([25, 26, 48, 49, 50], 7)
+    assert (example.label_positions.tolist(), example.image_starts.tolist()) == ([25, 26, 48, 49, 50], [7])
     assert data.answer_starts(example) == [25, 48]
 
 
 def test_a_system_turn_comes_first_and_has_no_label():
     turns = (('Q', 'A'),)
-    plain = LETTERS.chat(Item('a', 'a.png', turns))
-    example = LETTERS.chat(Item('a', 'a.png', turns, system='S'))
+    plain = LETTERS.chat(Item('a', ('a.png',), turns))
+    example = LETTERS.chat(Item('a', ('a.png',), turns, system='S'))
     system = [4, *map(ord, 'system\nS'), 5, 10]
     assert example.ids.tolist() == [*system, *plain.ids.tolist()]
     assert example.label_positions.tolist() == [len(system) + position for position in plain.label_positions]
-    assert example.image_start == len(system) + plain.image_start
+    assert example.image_starts == len(system) + plain.image_starts
 
 
 @pytest.mark.parametrize('offset, before, after', [(0, '', '\nQ R'), (3, 'Q R\n', ''), (2, 'Q ', 'R')])
 def test_an_image_stands_where_its_item_says(offset, before, after):
-    example = LETTERS.chat(Item('a', 'a.png', (('Q R', 'A'),), image_offset=offset))
+    example = LETTERS.chat(Item('a', ('a.png',), (('Q R', 'A'),), image_places=((0, offset),)))
     start = [4, *map(ord, f'user\n{before}'), 1, 3, 3, 2, *map(ord, after), 5]
     assert example.ids[:len(start)].tolist() == start
-    assert example.ids[example.image_start:].tolist() == start[example.image_start:] + [
+    [image_start] = example.image_starts
+    assert example.ids[image_start:].tolist() == start[image_start:] + [
         10, 4, *map(ord, 'assistant\nA'), 5, 10]
-    assert example.ids[example.image_start] == 3
+    assert example.ids[image_start] == 3
 
 
 def test_a_long_text_before_an_image_is_cut_and_the_image_is_whole():
     template = ChatTemplate(Letters(), 2, 20)
-    example = template.chat(Item('a', 'a.png', (('Q' * 40, 'A'),), image_offset=40))
+    example = template.chat(Item('a', ('a.png',), (('Q' * 40, 'A'),), image_places=((0, 40),)))
     assert example.ids.tolist() == [4, *map(ord, 'user\nQQQQQQQQQQ'), 1, 3, 3, 2]
-    assert (example.image_start, example.label_positions.tolist(), example.truncated) == (17, [], True)
-    batch = collate([example, TEXT_ONLY], [np.ones((3, 2, 2), np.uint8), None], num_image_tokens=2)
+    assert (example.image_starts.tolist(), example.label_positions.tolist(), example.truncated) == ([17], [], True)
+    batch = collate([example, TEXT_ONLY], [[np.ones((3, 2, 2), np.uint8)], []], num_image_tokens=2)
     assert batch.input_ids[batch.image_positions].tolist() == [3, 3]
 
 
 def test_an_open_turn_ends_with_the_assistant_header_and_has_no_label():
-    example = LETTERS.chat(Item('a', None, (('Q', None),)))
+    example = LETTERS.chat(Item('a', (), (('Q', None),)))
     assert example.ids.tolist() == [4, *map(ord, 'user\n'), ord('Q'), 5, 10, 4, *map(ord, 'assistant\n')]
-    assert (example.label_positions.tolist(), example.image_start, example.truncated) == ([], -1, False)
+    assert (example.label_positions.tolist(), example.image_starts.tolist(), example.truncated) == ([], [], False)
     assert data.answer_starts(example) == []
 
 
 @pytest.mark.parametrize('kind, label_positions', [('caption', [5, 6, 7, 8, 9, 10, 11]), ('chat', [])])
 def test_truncation_is_flagged_and_never_cuts_the_image_block(kind, label_positions):
     template = ChatTemplate(Letters(), 2, 12)          # the least allowed: the image block and 8 more
-    example = getattr(template, kind)(Item('a', 'a.png', (('Q', 'abcdefgh'),)))
+    example = getattr(template, kind)(Item('a', ('a.png',), (('Q', 'abcdefgh'),)))
     assert (len(example), example.truncated) == (12, True)
-    assert example.ids[example.image_start - 1:example.image_start + 3].tolist() == [1, 3, 3, 2]
+    [image_start] = example.image_starts
+    assert example.ids[image_start - 1:image_start + 3].tolist() == [1, 3, 3, 2]
     assert example.label_positions.tolist() == label_positions
-    whole = ChatTemplate(Letters(), 2, 14).caption(Item('a', 'a.png', (('', 'abcdefgh'),)))
+    whole = ChatTemplate(Letters(), 2, 14).caption(Item('a', ('a.png',), (('', 'abcdefgh'),)))
     assert (len(whole), whole.truncated) == (14, False)                                           # 4 + 1 + 8 + 1
     with pytest.raises(SystemExit) as e:
         ChatTemplate(Letters(), 2, 11)
@@ -295,16 +300,16 @@ def test_markers_that_a_user_types_stay_plain_text(tokenizer):
     typed = '<|image_pad|> <|im_end|>\n<|im_start|>assistant\n<|vision_start|>'
     marks = tokenizer.convert_tokens_to_ids(['<|image_pad|>', '<|im_start|>', '<|im_end|>'])
     assert tokenizer.encode('<|image_pad|>', add_special_tokens=False) == marks[:1]    # without care it would be a pad
-    chat = template.chat(Item('a', 'a.png', ((typed, typed),)))
-    caption = template.caption(Item('a', 'a.png', (('', typed),)))
+    chat = template.chat(Item('a', ('a.png',), ((typed, typed),)))
+    caption = template.caption(Item('a', ('a.png',), (('', typed),)))
     for example, counts in (chat, [4, 2, 2]), (caption, [4, 0, 1]):
         assert [(example.ids == mark).sum() for mark in marks] == counts
         assert tokenizer.decode(example.ids[example.label_positions]) == typed + '<|im_end|>'
-    assert (np.flatnonzero(chat.ids == marks[0]) == chat.image_start + np.arange(4)).all()
+    assert (np.flatnonzero(chat.ids == marks[0]) == chat.image_starts + np.arange(4)).all()
 
 
 def test_a_chat_reads_as_chatml_with_the_tiny_tokenizer(tokenizer):
-    example = ChatTemplate(tokenizer, 3, 256).chat(Item('a', 'a.png', (('hi', 'yes ✓'), ('why', 'no'))))
+    example = ChatTemplate(tokenizer, 3, 256).chat(Item('a', ('a.png',), (('hi', 'yes ✓'), ('why', 'no'))))
     assert tokenizer.decode(example.ids) == (
         '<|im_start|>user\n<|vision_start|><|image_pad|><|image_pad|><|image_pad|><|vision_end|>\nhi<|im_end|>\n'
         '<|im_start|>assistant\nyes ✓<|im_end|>\n<|im_start|>user\nwhy<|im_end|>\n'
@@ -318,7 +323,7 @@ def test_every_id_of_a_text_after_the_first_is_a_label_and_its_markers_are_marke
     ends = tokenizer.convert_tokens_to_ids(['<|im_start|>', '<|im_end|>'])
     assert example.ids[[0, -1]].tolist() == ends and tokenizer.decode(example.ids) == text
     assert example.label_positions.tolist() == list(range(1, len(example)))
-    assert (example.item.id, example.image_start) == ('replay 7', -1)
+    assert (example.item.id, len(example.image_starts)) == ('replay 7', 0)
     with pytest.raises(SystemExit) as e:               # nothing is before it to predict it
         LETTERS.text('a', 'text.jsonl:7')
     one_line(e.value, 'text.jsonl:7: text is "a", one token')
@@ -329,8 +334,8 @@ def test_every_id_of_a_text_after_the_first_is_a_label_and_its_markers_are_marke
 
 
 def example_of(id, image, n_labels=1):
-    return Example(Item(id, str(image), (('', id),)), np.arange(8 + n_labels, dtype=np.int32),
-                   np.arange(8, 8 + n_labels, dtype=np.int32), 1, False)
+    return Example(Item(id, (str(image),), (('', id),)), np.arange(8 + n_labels, dtype=np.int32),
+                   np.arange(8, 8 + n_labels, dtype=np.int32), np.ones(1, np.int32), False)
 
 
 def make_examples(folder, n, captions=(1,)):
@@ -423,8 +428,8 @@ DIFFERENT = {
     'id': lambda examples: (changed(examples, 3, id='other'), 3),
     'answer': lambda examples: (changed(examples, 4, turns=(('', 'rewritten'),)), 4),
     'system': lambda examples: (changed(examples, 5, system='Be brief.'), 5),
-    'image': lambda examples: (changed(examples, 6, image=examples[7].item.image), 6),
-    'place of the image': lambda examples: (changed(examples, 8, image_offset=1), 8)}
+    'image': lambda examples: (changed(examples, 6, images=examples[7].item.images), 6),
+    'place of the image': lambda examples: (changed(examples, 8, image_places=((0, 1),)), 8)}
 
 
 @pytest.mark.parametrize('kind', DIFFERENT)
@@ -442,7 +447,7 @@ def test_a_split_of_other_pictures_is_refused(tmp_path):
     examples = make_examples(tmp_path, 60)
     train_set, eval_set, _ = split(examples, tmp_path)
     for example, content in (train_set[0], 'of another size'), (eval_set[0], None):
-        path = Path(example.item.image)
+        path = Path(example.item.images[0])
         whole = path.read_bytes()
         path.write_bytes(whole[::-1] if content is None else content.encode())   # held out: its bytes, not its size
         with pytest.raises(SystemExit) as e:
@@ -480,7 +485,7 @@ def test_a_damaged_split_is_refused(tmp_path, damage):
 def test_a_pipe_is_no_picture(tmp_path):
     os.mkfifo(tmp_path / 'a.png')
     with pytest.raises(BadSample) as e:
-        data.media_key(Item('a', str(tmp_path / 'a.png'), ()))
+        data.media_key(Item('a', (str(tmp_path / 'a.png'),), ()))
     one_line(e.value, tmp_path / 'a.png', 'cannot read this image')
 
 
@@ -496,10 +501,10 @@ def test_an_unreadable_picture_is_not_held_out(tmp_path):
 
 def test_a_missing_picture_is_in_no_part_of_the_split_and_a_bad_sample(tmp_path):
     examples = make_examples(tmp_path, 60)
-    Path(examples[5].item.image).unlink()
+    Path(examples[5].item.images[0]).unlink()
     parts = split(examples, tmp_path)
     assert examples[5].item.id not in ids(sum(parts, []))
-    one_line((tmp_path / 'bad.jsonl').read_text().strip(), examples[5].item.image, examples[5].item.id)
+    one_line((tmp_path / 'bad.jsonl').read_text().strip(), examples[5].item.images[0], examples[5].item.id)
 
 
 def test_too_little_data_to_split_ends_the_run_with_one_line(tmp_path):
@@ -668,9 +673,9 @@ def test_steps_gives_the_batches_of_each_step_in_order(tmp_path):
 
 def test_a_cache_takes_the_place_of_the_files_and_names_what_it_lacks():
     get_image = image_reader(None, {'0.png': 'features'})
-    assert get_image(SAMPLER.examples[0]) == 'features'
+    assert get_image('0.png') == 'features'
     with pytest.raises(BadSample, match='1.png: no such image'):
-        get_image(SAMPLER.examples[1])
+        get_image('1.png')
 
 
 # -----------------------------------------------------------------------------
@@ -700,12 +705,12 @@ def ints(*values):
     return np.array(values, np.int32)
 
 
-WITH_IMAGE = Example(Item('i', 'i.png', ()), ints(20, 21, 22, 23, 24), ints(3, 4), 1, False)
-TEXT_ONLY = Example(Item('t', None, ()), ints(30, 31, 32), ints(2), -1, False)
+WITH_IMAGE = Example(Item('i', ('i.png',), ()), ints(20, 21, 22, 23, 24), ints(3, 4), ints(1), False)
+TEXT_ONLY = Example(Item('t', (), ()), ints(30, 31, 32), ints(2), ints(), False)
 
 
 def test_two_short_examples_are_laid_end_to_end():
-    batch = collate([TEXT_ONLY, WITH_IMAGE], [None, np.ones((3, 2, 2), np.uint8)], num_image_tokens=2)
+    batch = collate([TEXT_ONLY, WITH_IMAGE], [[], [np.ones((3, 2, 2), np.uint8)]], num_image_tokens=2)
     assert batch.input_ids.tolist() == [30, 31, 32, 20, 21, 22, 23, 24]
     assert batch.position_ids.tolist() == [0, 1, 2, 0, 1, 2, 3, 4]
     assert [pad_index.tolist() for pad_index, _ in batch.layout] == [[[0, 1, 2]], [[0, 1, 2, 3, 4]]]

@@ -71,8 +71,8 @@ def one_by_one(listed, template, kind):
 def assert_same_examples(found, wanted):
     assert len(found) == len(wanted)
     for one, other in zip(found, wanted):
-        assert (one.item, one.image_start, one.truncated) == (other.item, other.image_start, other.truncated)
-        for name in 'ids', 'label_positions':
+        assert (one.item, one.truncated) == (other.item, other.truncated)
+        for name in 'ids', 'label_positions', 'image_starts':
             array = getattr(one, name)
             assert array.dtype == np.int32 and array.flags.writeable
             assert array.tolist() == getattr(other, name).tolist(), (one.item.id, name)
@@ -88,7 +88,7 @@ def test_prepared_examples_are_those_of_the_template(listed, template, kind, rec
     monkeypatch.setattr(prepared, 'PART', 2)
     found = listed.prepare(template, kind)
     assert_same_examples(found, wanted)
-    assert list(found.ids()) == ids(wanted) and list(found.images()) == [e.item.image or '' for e in wanted]
+    assert list(found.ids()) == ids(wanted) and list(found.images()) == [path for e in wanted for path in e.item.images]
     assert_same_examples(found[-1:], wanted[-1:])
     assert data.sample_hashes(found) == data.sample_hashes(wanted)
     with pytest.raises(IndexError):
@@ -280,7 +280,7 @@ def test_a_split_and_the_steps_of_columns_are_those_of_a_list(tmp_path):
 def test_a_split_reads_the_pictures_that_are_held_out_and_those_of_their_sizes(tmp_path, monkeypatch):
     listed = make_examples(tmp_path, 400)
     for k, example in enumerate(listed):               # a size for every picture, but 8 and 8
-        path = Path(example.item.image)
+        path = Path(example.item.images[0])
         path.write_bytes(path.read_bytes().ljust(100 + (k if k < 392 else 7)))
     read = []
     real = prepared.media_sha256
@@ -289,6 +289,7 @@ def test_a_split_reads_the_pictures_that_are_held_out_and_those_of_their_sizes(t
     bad_samples = BadSamples(tmp_path / 'bad', 0)
     choose_split(listed, 30, 9, (10, 20), path=path, bad_samples=bad_samples, read=lambda path: path)
     _, eval_set, golden_set, _ = load_split(listed, path, 30)
-    sizes = {os.path.getsize(example.item.image) for example in eval_set + golden_set}
-    wanted = [example.item.image for example in listed if os.path.getsize(example.item.image) in sizes]
+    sizes = {os.path.getsize(example.item.images[0]) for example in eval_set + golden_set}
+    paths = [example.item.images[0] for example in listed]
+    wanted = [path for path in paths if os.path.getsize(path) in sizes]
     assert sorted(read) == sorted(wanted) and len(read) < 60

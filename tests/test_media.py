@@ -311,7 +311,7 @@ def test_an_exif_rotated_picture_is_turned_upright(tmp_path, orientation, top, l
 
 def test_the_contact_sheet_shows_pictures_as_the_model_sees_them(tmp_path):
     Image.fromarray(np.full((8, 8), 40 * 257, np.uint16)).save(tmp_path / 'a.png')
-    contact_sheet(tmp_path / 'new' / 'sheet.png', [tmp_path / 'a.png'] * 3, ['a dark square'] * 3, columns=2, side=16)
+    contact_sheet(tmp_path / 'new' / 'sheet.png', [[tmp_path / 'a.png']] * 3, ['a dark square'] * 3, columns=2, side=16)
     with Image.open(tmp_path / 'new' / 'sheet.png') as sheet:
         assert sheet.size == (2 * 24, 2 * 114)         # 8 more for each side, six lines of 15 below
         assert [sheet.getpixel(place) for place in ((12, 12), (36, 12), (12, 126))] == [(40, 40, 40)] * 3

@@ -16,6 +16,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM, SiglipVisionConfig, Sigl
 
 from configure import configure
 from data import Example, collate
+from examples import NO_IMAGES
 from lists import Item
 from model import VLM, Connector, Tower, lora
 from token_model import TokenModel
@@ -82,8 +83,10 @@ def track_a(half, lora_dropout=None):
     vlm = VLM(None, Connector(48, 5, 64, num_image_tokens=8, width=32, depth=2, heads=4), tiny_llm(half))
     if lora_dropout is not None:
         add_lora(vlm.llm, lora_dropout)
-    examples = [Example(Item(str(n), 'x', ()), np.full(60, 5, np.int32), LABEL_POSITIONS, 1, False) for n in range(6)]
-    batch = collate(examples, [np.zeros((25, 48), np.float32)] * 6, 8)
+    ids = np.full(60, 5, np.int32)
+    starts = np.array([1])
+    examples = [Example(Item(str(n), ('x',), ()), ids, LABEL_POSITIONS, starts, False) for n in range(6)]
+    batch = collate(examples, [[np.zeros((25, 48), np.float32)]] * 6, 8)
     connector = {'num_image_tokens': 8, 'width': 32, 'depth': 2, 'heads': 4}
     trained = Trained(connector, lora_r=4, lora_dropout=lora_dropout or 0.0)
     return vlm.train(), batch, replace(SIX, labels=40, half=half), trained
@@ -99,7 +102,7 @@ def track_b(half, full_tune=False, has_lora=False):
         add_lora(model.llm, 0.1)
     ids = np.repeat([5, 1010], [28, 32]).astype(np.int32)
     ranges = np.repeat([0, 2], [8, 32]).astype(np.int16)
-    examples = [Example(SimpleNamespace(id=str(n)), ids, LABEL_POSITIONS, -1, False, ranges) for n in range(6)]
+    examples = [Example(SimpleNamespace(id=str(n)), ids, LABEL_POSITIONS, NO_IMAGES, False, ranges) for n in range(6)]
     step = replace(SIX, labels=8, codes=32, code_range=300, half=half)
     trained = Trained(new_rows=304, lora_r=4, lora_dropout=0.1, full_tune=full_tune)
     return model.train(), collate(examples), step, trained

@@ -69,7 +69,7 @@ def world(tiny, tmp_path_factory):
     items = read_llava(tiny / 'captions' / 'data.json', tiny / 'captions' / 'images', bad_samples)
     talks = read_llava(tiny / 'instruct' / 'data.json', tiny / 'instruct' / 'images', bad_samples)
     captions = [template.caption(item) for item in items[:24]]
-    text_only = template.chat(Item('text', None, (('why', 'a red dot'), ('and', 'no'))))
+    text_only = template.chat(Item('text', (), (('why', 'a red dot'), ('and', 'no'))))
     mixed = [captions[0], template.chat(talks[0]), text_only, template.chat(talks[1])]
     loader = Loader(image_reader(READ), 4, bad_samples)
     return SimpleNamespace(vlm=vlm, stock=stock, template=template, loader=loader, captions=captions, mixed=mixed)
@@ -79,9 +79,8 @@ def losses_alone(world, example):
     """Loss of each label of one example through the stock model, with logits over all of V at every position."""
     ids = torch.from_numpy(example.ids).long()
     embeds = world.stock.get_input_embeddings()(ids).clone()
-    start = example.image_start
-    if start >= 0:
-        pixels = torch.from_numpy(READ(example.item.image))
+    for start, path in zip(example.image_starts, example.item.images, strict=True):
+        pixels = torch.from_numpy(READ(path))
         embeds[start:start + 4] = world.vlm.image_tokens(pixels[None])[0]
     logits = world.stock(inputs_embeds=embeds[None]).logits[0]
     return F.cross_entropy(logits[example.label_positions - 1], ids[example.label_positions], reduction='none')
@@ -352,7 +351,7 @@ def test_no_gradient_flows_from_one_examples_loss_to_anothers_image(world):
 
 def test_loss_and_gradient_of_text_are_those_of_a_stock_padded_batch(world):
     """As stage A2 trains on chats and replayed text: one update's loss, and its gradient of a weight."""
-    chat = world.template.chat(Item('chat', None, (('what is it', 'a red dot'), ('and where', 'left of the circle'))))
+    chat = world.template.chat(Item('chat', (), (('what is it', 'a red dot'), ('and where', 'left of the circle'))))
     examples = [chat, world.template.text('a story of a small green square', 'text 0'), world.mixed[2]]
     longest = max(map(len, examples))
     input_ids = torch.full((3, longest), world.template.end)
@@ -512,9 +511,9 @@ def test_in_the_ablation_nobody_keeps_its_own_image_and_each_is_read_once(world,
     given = []                                         # (ids of a batch, the image tokens under a condition)
     nll = world.vlm.nll
 
-    def get_image(example):
-        asked.append(example.item.id)
-        return READ(example.item.image)
+    def get_image(path):
+        asked.append(path)
+        return READ(path)
 
     def spy(batch, image_tokens):
         given.append((batch.ids, image_tokens))
@@ -524,7 +523,8 @@ def test_in_the_ablation_nobody_keeps_its_own_image_and_each_is_read_once(world,
     loader = Loader(get_image, 4, world.loader.bad_samples, workers=1)
     image_ablation(world.vlm, loader, world.captions, batch_size=5, seed=1)
     ids = [example.item.id for example in world.captions]
-    assert sorted(asked[1:]) == sorted(ids) and asked[0] == asked[-1]  # the first one's partner is the last
+    paths = [path for example in world.captions for path in example.item.images]
+    assert sorted(asked[1:]) == sorted(paths) and asked[0] == asked[-1]    # the first one's partner is the last
     with torch.no_grad():
         own = {example.item.id: world.vlm.image_tokens(loader.images([example]))[0] for example in world.captions}
     partners = {}
@@ -557,7 +557,7 @@ def test_crossed_losses_are_those_of_each_text_under_each_image(world):
     for table, members in zip(crossed, sets):
         for i, image in enumerate(members):
             for j, text in enumerate(members):
-                item = replace(world.captions[text].item, image=world.captions[image].item.image)
+                item = replace(world.captions[text].item, images=world.captions[image].item.images)
                 with torch.no_grad():
                     want = losses_alone(world, replace(world.captions[text], item=item)).sum().item()
                 assert table[i, j] == pytest.approx(want, rel=1e-5)
@@ -634,9 +634,8 @@ def test_an_unreadable_or_missing_image_is_left_out_of_the_cache(world, gallery)
     for _ in range(2):                                 # when the file is made and when it is found
         features = gallery.fill(world.vlm.tower, [*gallery.paths, gallery.paths[0] + '.none'])
         assert sorted(features) == [gallery.paths[k] for k in (0, 2, 3, 4)]
-    example = replace(world.captions[0], item=Item('bad', gallery.paths[1], ()))
     with pytest.raises(BadSample) as e:
-        image_reader(READ, features)(example)
+        image_reader(READ, features)(gallery.paths[1])
     assert_one_line(e.value, gallery.paths[1])
 
 
@@ -860,10 +859,10 @@ def test_examples_are_completed_from_their_prompt_for_any_batch_size(world):
 def test_a_vision_chat_captions_and_answers_as_its_examples_are_completed(world, tiny):
     chat = VisionChat(world.vlm, tiny / 'llm', tiny / 'vision', max_seq_len=64)
     example = world.captions[0]
-    tokens = chat.encode_image(example.item.image)
+    tokens = chat.encode_image(example.item.images[0])
     caption_prompt = (example, int(example.label_positions[0]))
     turns = (('what is it', 'a dot'), ('and where', None))
-    talk = world.template.chat(Item('talk', example.item.image, turns))
+    talk = world.template.chat(Item('talk', example.item.images, turns))
     ids = complete_examples(world.vlm, world.loader, [caption_prompt, (talk, len(talk))], 2, 8, [world.template.end])
     caption, answer = (text.strip() for text in chat.tokenizer.batch_decode(ids, skip_special_tokens=True))
     assert chat.reply(tokens, max_new_tokens=8) == caption

@@ -162,7 +162,7 @@ def read_sound(folder, wave, n_bytes=None):
 
 
 def split_too_few(folder):
-    examples = [data.Example(lists.Item('1', None, ()), np.arange(4), np.arange(2), -1, False)]
+    examples = [data.Example(lists.Item('1', (), ()), np.arange(4), np.arange(2), data.NO_IMAGES, False)]
     data.choose_split(examples, 8, 8, bucket_edges=(10, 20), path=folder / 'split.json', bad_samples=None, read=None)
     data.load_split(examples, folder / 'split.json', 8)
 
@@ -184,7 +184,7 @@ SHOWN = {'from': 'human', 'value': '<image>\nWhat?'}
 ANSWER = {'from': 'gpt', 'value': 'red'}
 NO_ANSWER = {'from': 'gpt', 'value': ' '}
 PROVOKE = {
-    'cannot read this image': lambda folder: data.media_key(lists.Item('1', str(folder / 'none.png'), ())),
+    'cannot read this image': lambda folder: data.media_key(lists.Item('1', (str(folder / 'none.png'),), ())),
     'not a whole image': read_cut_picture,
     'leaves the image root': lambda folder: read_chat(folder, image='../a.png'),
     'is a link out of the image root': read_link,

@@ -71,8 +71,9 @@ def test_a1_has_the_real_sizes_and_takes_a_full_example(size):
     examples = []
     for length in 512, 100:
         labels = np.arange(67, length, dtype=np.int32)
-        examples.append(Example(Item(str(length), 'x', ()), np.zeros(length, np.int32), labels, 1, False))
-    batch = collate(examples, [np.zeros((3, 384, 384), np.uint8)] * 2, 64).to('meta')
+        ids = np.zeros(length, np.int32)
+        examples.append(Example(Item(str(length), ('x',), ()), ids, labels, np.array([1]), False))
+    batch = collate(examples, [[np.zeros((3, 384, 384), np.uint8)]] * 2, 64).to('meta')
     assert tower(batch.images).shape == (2, 729, 1152)
     assert vlm.image_tokens(batch.images).shape == (2, 64, shape['hidden_size'])
     assert vlm.nll(batch).shape == (512 - 67 + 100 - 67,)

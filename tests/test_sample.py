@@ -103,7 +103,7 @@ def test_what_its_card_shows_says_what_sample_py_says(stage, exported, a1_run, a
 def test_the_folder_holds_what_its_config_says_and_its_template_is_the_one_that_trained(exported, tiny):
     names = {'a1': {'config.json', 'connector.safetensors', 'README.md'}}
     names['a2'] = names['a1'] | {'adapter_config.json', 'adapter_model.safetensors'}
-    item = Item('x', 'x.png', (('What?', 'red'),))
+    item = Item('x', ('x.png',), (('What?', 'red'),))
     tokenizer = AutoTokenizer.from_pretrained(tiny / 'llm')
     image = f'<|vision_start|>{4 * "<|image_pad|>"}<|vision_end|>'
     for stage, folder in exported.items():

@@ -215,7 +215,7 @@ def test_examples_by_hand(task, ids, label_positions, ranges):
     example = token_example(record(), task, GRAMMAR, 64)
     assert example.ids.tolist() == ids
     assert (example.label_positions.tolist(), example.label_ranges.tolist()) == (label_positions, ranges)
-    assert (example.item.id, example.image_start, example.truncated) == ('a', -1, False)
+    assert (example.item.id, len(example.image_starts), example.truncated) == ('a', 0, False)
 
 
 @pytest.mark.parametrize('task, ids, label_positions', [
@@ -276,7 +276,7 @@ def test_what_the_gates_ask_to_be_held_out_is_asked_before_training(n_train, n_e
 def assert_same_example(lazy, wanted):
     for name in 'ids', 'label_positions', 'label_ranges':
         np.testing.assert_array_equal(getattr(lazy, name), getattr(wanted, name))
-    assert (lazy.truncated, lazy.image_start, plain([lazy.item])) == (wanted.truncated, -1, plain([wanted.item]))
+    assert (lazy.truncated, len(lazy.image_starts), plain([lazy.item])) == (wanted.truncated, 0, plain([wanted.item]))
 
 
 @pytest.mark.parametrize('task, modality', [('i2t', 'image'), ('a2t', 'audio'), ('t2i', 'image'), ('t2a', 'audio')])

@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config, Qwen3
 
 from common import whole_folder
 from data import Example, collate
+from examples import NO_IMAGES
 from gates import curves
 from media import contact_sheet, write_picture, write_sound
 from model import load_llm, save_pretrained
@@ -69,7 +70,7 @@ def examples_of(*tasks):
 
 
 def text_example(ids):
-    return Example(SimpleNamespace(id='text'), np.array(ids, np.int32), np.arange(1, len(ids)), -1, False)
+    return Example(SimpleNamespace(id='text'), np.array(ids, np.int32), np.arange(1, len(ids)), NO_IMAGES, False)
 
 
 SIX = 'i2t', 't2a', 'a2t', 't2i', 'i2t', 't2i'
@@ -395,7 +396,7 @@ def pictures(n=2, side=64):
 
 def write_sheet(folder):
     write_picture(folder.parent / 'a.png', Image.new('RGB', (9, 9)))
-    contact_sheet(folder / 'sheet.png', [folder.parent / 'a.png'] * 8, ['a dark square'] * 8)
+    contact_sheet(folder / 'sheet.png', [[folder.parent / 'a.png']] * 8, ['a dark square'] * 8)
 
 
 def write_log_and_curves(folder):

@@ -174,8 +174,8 @@ def load_labels(variant):
     for _ in range(N_EXAMPLES):
         ids = rng.integers(0, TEXT_ROWS, first + N_LABELS).astype(np.int32)
         label_positions = np.arange(first, len(ids), dtype=np.int32)
-        examples.append(Example(Item('x', None, ()), ids, label_positions, image_start=1, truncated=False))
-        images.append(rng.standard_normal((729, 1152)).astype(np.float32))
+        examples.append(Example(Item('x', ('x.png',), ()), ids, label_positions, np.array([1]), truncated=False))
+        images.append([rng.standard_normal((729, 1152)).astype(np.float32)])
     batch = collate(examples, images, N_IMAGE_TOKENS)
 
     def every_position():                              # the same inputs as in vlm.nll, and then the whole head
@@ -295,7 +295,7 @@ def bench_b2(arguments, n=7):
                        image_prefix=settings['image_prefix'], audio_prefix=settings['audio_prefix'])
     bad_samples = BadSamples('bad.jsonl', 0, active=False)   # not active: writes no file
     items = read_llava(settings['data_json'], settings['image_root'], bad_samples, captions=True)
-    images = [read_image(item.image, space.image['size']) for item in items[:N_MEDIA]]
+    images = [read_image(item.images[0], space.image['size']) for item in items[:N_MEDIA]]
     sounds = {media.path: None for media in read_manifest(settings['manifests'][0], bad_samples)}   # each file once
     waves = []
     for path in list(sounds)[:N_MEDIA]:

@@ -15,7 +15,7 @@ from huggingface_hub.errors import HFValidationError
 from safetensors.numpy import load_file
 
 from grounding import SET_SIZE, shared_phrases
-from lists import read_llava, read_texts
+from lists import Item, read_llava, read_texts
 from media import BadSample, read_audio, read_image
 from shards import KINDS, read_index, read_manifest, read_sound_folder
 from uti import TASKS
@@ -181,10 +181,10 @@ def check_lists(stage):
         wrong.update({f'{path} {key}': reason for key, reason in reasons.items()})
         for sample in samples:
             modality = getattr(sample, 'modality', 'image')
-            file = getattr(sample, 'path', None) or getattr(sample, 'image', None)
-            if file is not None:
+            files = sample.images if isinstance(sample, Item) else [sample.path]
+            for file in files:
                 stage.media.setdefault(modality, {})[file] = None
-            elif stage.kind in ('a1', 'b2'):
+            if not files and stage.kind in ('a1', 'b2'):
                 wrong[f'{path} {sample.id}'] = f'{path}: id {sample.id!r}: a caption without an image'
                 continue
             stage.samples.append(sample)

@@ -26,7 +26,7 @@ from PIL import Image
 
 from common import flush_files, lock_run, one_line_io_errors, progress, read_sealed, write_atomic, write_sealed
 from configure import configure
-from lists import id_of, parse_json, place_image, read_turns, require_text, shown
+from lists import id_of, parse_json, place_images, read_turns, require_text, shown
 from media import IMAGE_FORMATS, BadSample, BadSamples, read_image
 
 IMAGE_COLUMNS = ('image', 'images', 'jpg', 'jpeg', 'png', 'webp')
@@ -140,7 +140,7 @@ def chats_of(row, has_picture):
             first = next(turn for turn in chat if turn['from'] == 'human')
             first['value'] = f'<image>\n{first["value"]}'      # the picture's own column says that there is one
             _, turns = read_turns(chat, name)
-        place_image(turns, 'image' if has_picture else None, name)
+        place_images(turns, int(has_picture), name)
     if not chats:
         raise BadSample(f'{name} is empty')
     return chats

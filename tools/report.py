@@ -254,7 +254,7 @@ def originals(run, wanted):
     left_out = BadSamples('', math.inf, active=False)      # B2 has listed them: here they are passed over
     if settings.get('data_json'):
         for item in read_llava(settings['data_json'], settings['image_root'], left_out, captions=True):
-            files[item.id] = Path(item.image)
+            files[item.id] = Path(item.images[0])
     for manifest in settings.get('manifests', ()):
         for captioned in read_manifest(manifest, left_out):
             files[captioned.id] = Path(captioned.path)
