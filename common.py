@@ -33,7 +33,11 @@ from watch import WATCH
 
 
 def init_ranks(device='auto'):
-    """(rank, world_size, device) for `python script.py` and `torchrun script.py`, on CPU (gloo) or CUDA (nccl)."""
+    """(rank, world_size, device) for `python script.py` and `torchrun script.py`, on CPU or CUDA.
+
+    Host numbers and objects always go over gloo, what is on a GPU over NCCL: a rank that waits for another one's disk
+    keeps no GPU busy, and hears at once when that one has ended.
+    """
     world_size = int(os.environ.get('WORLD_SIZE', 1))  # torchrun sets these
     local_rank = int(os.environ.get('LOCAL_RANK', 0))
     if device == 'auto':
@@ -53,7 +57,8 @@ def init_ranks(device='auto'):
         torch.cuda.set_device(device)
     if world_size > 1 and not dist.is_initialized():
         # torch's own timeout is out of the way: NCCL's ten minutes would end a run whose first rank reads every picture
-        dist.init_process_group('nccl' if kind == 'cuda' else 'gloo', timeout=timedelta(minutes=WATCH.minutes))
+        backend = 'cpu:gloo,cuda:nccl' if kind == 'cuda' else 'gloo'
+        dist.init_process_group(backend, timeout=timedelta(minutes=WATCH.minutes))
         WATCH.start()
     return int(os.environ.get('RANK', 0)), world_size, torch.device(device)
 
@@ -90,8 +95,7 @@ def all_sum(value):
     """The sum of a number over the ranks, in float64, the same on every rank."""
     if not dist.is_initialized():
         return float(value)
-    device = 'cuda' if dist.get_backend() == 'nccl' else 'cpu'
-    total = torch.tensor(float(value), dtype=torch.float64, device=device)   # float32 would round counts above 2^24
+    total = torch.tensor(float(value), dtype=torch.float64)   # float32 would round counts above 2^24
     with WATCH.collective():
         dist.all_reduce(total)
         return total.item()
@@ -162,7 +166,7 @@ def reduce_gradients(parameters):
         gradient = torch.zeros_like(p) if p.grad is None else p.grad
         pieces.append(gradient.flatten())
     flat = torch.cat(pieces)                           # one message: many small ones wait for each other
-    with WATCH.collective():
+    with WATCH.collective(flat.device.type):
         dist.all_reduce(flat)
         had_gradient, *pieces = flat.split([len(piece) for piece in pieces])
         had_gradient = had_gradient.tolist()

@@ -9,7 +9,7 @@ Letters: B examples, T tokens of all examples together, L tokens of the longest,
 import hashlib
 import inspect
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from itertools import chain
@@ -340,12 +340,32 @@ def load_split(examples, path, n_eval):
 # batches
 
 
+class Layout(Sequence):
+    """How the examples of an unpadded batch lie: [(pad_index (B, L), unpad_index (tokens,))] of its groups; and for
+    attention that needs no padding the token that each example begins with, then their number, and the longest length.
+    """
+    def __init__(self, groups, boundaries, longest):
+        self.groups = groups
+        self.boundaries = boundaries                   # int32 (examples + 1,)
+        self.longest = longest
+
+    def __len__(self):
+        return len(self.groups)
+
+    def __getitem__(self, n):
+        return self.groups[n]
+
+    def to(self, device):
+        groups = [(pad_index.to(device), unpad_index.to(device)) for pad_index, unpad_index in self.groups]
+        return Layout(groups, self.boundaries.to(device), self.longest)
+
+
 @dataclass
 class Batch:
     """Examples laid end to end, T tokens, with every position that the step needs found beforehand, on the host."""
     input_ids: torch.Tensor            # (T,)
     position_ids: torch.Tensor         # (T,) counted anew in each example
-    layout: list                       # how attention lays the examples out, a group at a time: see padded_layout
+    layout: Layout                     # how attention lays the examples out, a group at a time: see padded_layout
     image_positions: torch.Tensor      # (images * N,)
     logit_positions: torch.Tensor      # (M,) the position before each label: its logits predict the label
     labels: torch.Tensor               # (M,)
@@ -361,8 +381,7 @@ class Batch:
 
     def to(self, device):
         moved = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
-        layout = [(pad_index.to(device), unpad_index.to(device)) for pad_index, unpad_index in self.layout]
-        return replace(self, layout=layout, **moved)
+        return replace(self, layout=self.layout.to(device), **moved)
 
 
 def attention_groups(lengths, most=16, waste=1.25):
@@ -384,8 +403,7 @@ def attention_groups(lengths, most=16, waste=1.25):
 
 
 def padded_layout(lengths, groups=None):
-    """[(pad_index (B, L), unpad_index (tokens,))], one for each group of an unpadded batch, by default the
-    attention_groups.
+    """The Layout of an unpadded batch of examples of these lengths. groups: by default the attention_groups.
 
     pad_index says which of the group's tokens stands at each place of the padded group; a short example is filled up
     with token 0, which the causal mask hides. unpad_index says where in B * L each of the group's tokens is. Two
@@ -403,7 +421,8 @@ def padded_layout(lengths, groups=None):
         pad_index = np.where(is_token, columns + starts[:, None], 0)                            # (B, L)
         unpad_index = np.flatnonzero(is_token)                                                  # (tokens,)
         layout.append((torch.from_numpy(pad_index), torch.from_numpy(unpad_index)))
-    return layout
+    boundaries = torch.from_numpy(np.cumsum([0, *lengths]).astype(np.int32))                    # (examples + 1,)
+    return Layout(layout, boundaries, max(lengths))
 
 
 def collate(examples, images=None, num_image_tokens=0):

@@ -294,15 +294,21 @@ def worth_table(rows):
     return '\n'.join(lines)
 
 
-def conclude(out_dir, gates, worth=None, **measured):
-    """Write out_dir/gates.json, print the verdicts, and return the exit status: 0 when all passed, else 1.
-
-    worth: {task, or '' where there is one: what worth() gives}; printed first.
-    """
+def write_gates(out_dir, gates, worth=None, **measured):
+    """Write out_dir/gates.json; True when all passed."""
     measured = {'worth': worth, **measured} if worth else measured
     passed = bool(gates) and all(gate.passed for gate in gates)        # no gate at all is no pass
     record = {'passed': passed, 'gates': [gate._asdict() for gate in gates], **measured}
     write_atomic(Path(out_dir) / 'gates.json', json.dumps(record, indent=1))
+    return passed
+
+
+def conclude(out_dir, gates, worth=None, **measured):
+    """write_gates, print the verdicts, and return the exit status: 0 when all passed, else 1.
+
+    worth: {task, or '' where there is one: what worth() gives}; printed first.
+    """
+    passed = write_gates(out_dir, gates, worth, **measured)
     verdict = f'{len(gates)} gates passed'
     if not passed:
         failed = [gate.name for gate in gates if not gate.passed] or ['no gate was measured']

@@ -9,6 +9,7 @@ Batches are not padded: a batch is one sequence of T tokens, its examples end to
 Only attention has to keep the examples apart; there, and only there, they are laid out as (B, L).
 """
 import hashlib
+import inspect
 import json
 import math
 import os
@@ -16,6 +17,7 @@ import signal
 import warnings
 from collections.abc import Mapping
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +31,11 @@ from transformers import (
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from transformers.utils import cached_file, logging
+
+try:
+    from torch.nn.attention.varlen import varlen_attn
+except ImportError:                                    # torch before 2.10
+    varlen_attn = None
 
 from common import (
     all_gather, barrier, first_line, in_parts, progress, read_sealed, sha256_file, sha256_tensors, write_sealed)
@@ -276,11 +283,17 @@ def unpadded_attention(module, query, key, value, attention_mask, scaling=None, 
     """Causal attention inside each example of an unpadded batch; with layout = None ordinary SDPA (generation).
 
     query, key, value: (1, heads, T, head width); key and value may have fewer heads. layout: see data.padded_layout.
-    A pad stands after its example's end, so the causal mask alone hides it from every real token.
+    A pad stands after its example's end, so the causal mask alone hides it from every real token. A GPU needs no pads.
     """
     if layout is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout,
                                       **kwargs)
+
+    if has_varlen(value) and not dropout:
+        q, k, v = (heads[0].transpose(0, 1).to(value.dtype) for heads in (query, key, value))   # (T, heads, .)
+        attended = varlen_attn(q, k, v, layout.boundaries, layout.boundaries, layout.longest, layout.longest,
+                               scale=scaling, window_size=(-1, 0), enable_gqa=q.shape[1] != k.shape[1])
+        return attended[None], None                                                             # (1, T, heads, .)
 
     def padded(tokens, pad_index):
         """(heads, tokens of a group, .) -> (B, heads, L, .)"""
@@ -304,6 +317,14 @@ def unpadded_attention(module, query, key, value, attention_mask, scaling=None, 
         tokens = attended.transpose(1, 2).flatten(0, 1)                                         # (B * L, heads, .)
         outputs.append(tokens.index_select(0, unpad_index))
     return torch.cat(outputs)[None], None                                                       # (1, T, heads, .)
+
+
+def has_varlen(value):
+    """Is there a kernel for examples of any lengths where this tensor is?"""
+    if not value.is_cuda or value.dtype not in (torch.bfloat16, torch.float16) or varlen_attn is None:
+        return False
+    known = inspect.signature(varlen_attn).parameters  # its first version took neither
+    return {'window_size', 'enable_gqa'} <= known.keys() and torch.cuda.get_device_capability(value.device) >= (8, 0)
 
 
 SHORT = 256                    # tokens up to which short_attention is the faster
@@ -349,6 +370,19 @@ def hidden_states(llm, embeds, batch):
     """Last hidden states (T, D) of an unpadded batch with these input embeddings, (T, D)."""
     return llm.model(inputs_embeds=embeds[None], position_ids=batch.position_ids[None], attention_mask=NO_MASKS,
                      use_cache=False, layout=batch.layout).last_hidden_state[0]
+
+
+def checkpoint_layers(llm):
+    """From here on a layer keeps its input for the backward pass, and there computes the rest of what it needs again:
+    the same numbers, masks of dropout included, in less memory and more time."""
+    for layer in llm.model.layers:
+        layer.forward = partial(computed_again, layer.forward)
+
+
+def computed_again(forward, *args, **kwargs):
+    if not torch.is_grad_enabled():
+        return forward(*args, **kwargs)
+    return checkpoint(forward, *args, use_reentrant=False, **kwargs)
 
 
 def label_losses(hidden, head, labels, chunk=2048):

@@ -26,7 +26,7 @@ from examples import prepare
 from grounding import distinct, matching_sets, share_removed
 from inference import ablation_means, caption_keys, crossed_losses, image_ablation, write_predictions
 from media import BadSamples, contact_sheet, read_image
-from model import cache_features, image_settings, load_tokenizer, load_vlm
+from model import cache_features, checkpoint_layers, image_settings, load_tokenizer, load_vlm
 from training import (
     Log, Meter, StopSignal, check_resumable, check_same_data, clip_gradients, frozen_sha256, grad_norms,
     measure_epoch, names_with_gradient, open_run, parameter_groups, require_positive, require_share,
@@ -86,6 +86,7 @@ gate_own_truth = 0.05          # how much nearer captions are to their own truth
 # machine
 device = 'auto'
 dtype = 'auto'                 # of frozen weights: bfloat16 where the device multiplies it; what learns is float32
+gradient_checkpointing = False  # True: layers are computed again on the way back: less memory, up to half more time
 feature_cache = ''             # folder for the tower's features, each image once; '' runs the tower every step
 feature_cache_gb = 200.0       # where the features would take more than this, the tower runs every step as well
 workers = 2                    # threads that decode images
@@ -137,6 +138,8 @@ connector_shape = {
 }
 model_args = {'llm': llm, 'vision': vision, 'tower_layer': tower_layer, 'shape': connector_shape}
 model = load_vlm(**model_args, dtype=dtype, device=device)
+if gradient_checkpointing:
+    checkpoint_layers(model.llm)
 trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 

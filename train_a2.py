@@ -34,7 +34,7 @@ from grounding import distinct, matching_sets, share_removed, shared_phrases
 from inference import ablation_means, caption_keys, crossed_losses, image_ablation, write_predictions
 from lists import read_text_lines
 from media import BadSamples, contact_sheet, read_image
-from model import cache_features, image_settings, load_tokenizer, load_vlm, lora
+from model import cache_features, checkpoint_layers, image_settings, load_tokenizer, load_vlm, lora
 from training import (
     Log, Meter, StopSignal, check_resumable, check_same_data, clip_gradients, frozen_sha256, grad_norms,
     measure_epoch, names_with_gradient, open_run, parameter_groups, require_positive, require_share,
@@ -98,6 +98,7 @@ gate_own_truth = 0.05          # how much nearer answers are to their own truth 
 # machine
 device = 'auto'
 dtype = 'auto'                 # of frozen weights: bfloat16 where the device multiplies it; what learns is float32
+gradient_checkpointing = False  # True: layers are computed again on the way back: less memory, up to half more time
 feature_cache = ''             # folder for the tower's features, each image once; '' runs the tower every step
 feature_cache_gb = 200.0       # where the features would take more than this, the tower runs every step as well
 workers = 2                    # threads that decode images
@@ -152,6 +153,8 @@ model = load_vlm(**model_args, dtype=dtype, device=device)
 model.connector.load_state_dict(aligned['connector'])
 seed_everything(seed, 'lora')
 adapter = lora(model.llm, lora_r, lora_alpha, dropout=lora_dropout, targets=lora_targets)
+if gradient_checkpointing:
+    checkpoint_layers(model.llm)
 trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
 frozen_before = frozen_sha256(model, trainable)
 if frozen_before != align_meta['frozen_sha256']:
@@ -374,11 +377,12 @@ if rank == 0:
     verdicts.append(gates.lora_gate(names))
     verdicts += gates.training_gates(declared, trainable, with_gradient, before=frozen_before,
                                      after=frozen_sha256(model, trainable))
+    status = gates.conclude(out, verdicts, worth={'': worth}, losses=means,
+                            text_loss={'base': base_text, 'tuned': text})
+    # after the verdict, which a disk that is full of weights would cost
     adapter.save_pretrained(out / 'adapter')
     connector = {name: p.contiguous() for name, p in model.connector.state_dict().items()}
     save_file(connector, out / 'connector.safetensors')
-    status = gates.conclude(out, verdicts, worth={'': worth}, losses=means,
-                            text_loss={'base': base_text, 'tuned': text})
     write_status(out, 'finished', step, n_steps)
     gates.curves(out / 'log.jsonl', out / 'curves.png')
 status = int(all_sum(status))

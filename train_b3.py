@@ -23,7 +23,7 @@ from common import (
 from configure import configure
 from data import Loader, files_fingerprint
 from grounding import crossed_share, distinct, matching_sets, retrieval
-from model import load_tokenizer
+from model import checkpoint_layers, load_tokenizer
 from shards import (
     MixtureSampler, label_counts, load_space, passes_line, require_enough, shards_fingerprint, task_shares,
     text_examples, token_sets)
@@ -92,6 +92,7 @@ gate_malformed = 0.95          # ... and those of stammering, empty and cut ones
 # machine
 device = 'auto'
 dtype = 'auto'                 # of frozen weights: bfloat16 where the device multiplies it; what learns is float32
+gradient_checkpointing = False  # True: layers are computed again on the way back: less memory, up to half more time
 log_every = 20
 timeout = 30.0                 # minutes that a rank waits for another one after the first step; before it, a day
 tensorboard = False            # True: the log's numbers in out_dir/tensorboard too; needs the package tensorboard
@@ -142,6 +143,8 @@ def mixture(n_steps):
 seed_everything(seed, 'rows')
 model_args = {'llm': llm, 'typed_head': typed_head}
 model = load_token_model(**model_args, space=space, noise=new_rows_noise, dtype=dtype, device=device)
+if gradient_checkpointing:
+    checkpoint_layers(model.llm)
 trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
 frozen_before = frozen_sha256(model, trainable)
 norm_groups = {'new_in': 'new_in', 'new_out': 'new_out'}   # the log has a gradient norm for each
@@ -365,10 +368,6 @@ progress.close()
 text = text_difference(model, text_set, rank, world_size)
 status = 0
 if rank == 0:
-    save_new_rows(model, out, stage='b3', step=step, base_sha256=frozen_before,
-                  rows_with_gradient={name: int(rows.sum()) for name, rows in touched.items()})
-    export_stock(model, tokenizer, out / 'export')
-    drift = export_difference(model, out / 'export', [examples[0] for examples in eval_sets.values()])
     verdicts = [gates.at_most('text log probabilities, largest difference from the base', text, gate_text)]
     bars = {
         'shuffled': ("another item's media cost more than the right ones", gate_shuffled_nats, gate_shuffled_win),
@@ -391,14 +390,21 @@ if rank == 0:
                 f'{task}: {name}', losses[task]['correct'], losses[task][condition], counts=counts[task], bar=nats,
                 min_win=win)
             verdicts.append(gate)
-    verdicts.append(gates.exactly('exported logits, largest difference in a stock load', drift, 0))
     verdicts += gates.label_gates(*label_counts(train_sets, eval_sets, golden_sets), gate_truncated)
     beyond = set(optimizer.state) - {model.new_in, model.new_out}
     verdicts.append(gates.exactly('optimizer state beyond the new rows', len(beyond), 0))
     verdicts += gates.training_gates({'new_in', 'new_out'}, trainable, with_gradient, before=frozen_before,
                                      after=frozen_sha256(model, trainable))
-    status = gates.conclude(out, verdicts, worth=worth, losses=means, ablations=measured,
-                            bytes=training_bytes(model, optimizer))
+    # the verdict first, which a disk that is full of weights would cost; the gate on the export has failed until it is
+    # measured
+    name = 'exported logits, largest difference in a stock load'
+    record = {'worth': worth, 'losses': means, 'ablations': measured, 'bytes': training_bytes(model, optimizer)}
+    gates.write_gates(out, [*verdicts, gates.exactly(name, math.nan, 0)], **record)
+    save_new_rows(model, out, stage='b3', step=step, base_sha256=frozen_before,
+                  rows_with_gradient={name: int(rows.sum()) for name, rows in touched.items()})
+    export_stock(model, tokenizer, out / 'export')
+    drift = export_difference(model, out / 'export', [examples[0] for examples in eval_sets.values()])
+    status = gates.conclude(out, [*verdicts, gates.exactly(name, drift, 0)], **record)
     write_status(out, 'finished', step, n_steps)
     gates.curves(out / 'log.jsonl', out / 'curves.png', [f'{task}_correct' for task in tasks], tasks)
 status = int(all_sum(status))

@@ -27,7 +27,7 @@ from common import (
 from configure import configure
 from data import Loader, files_fingerprint, plain_texts
 from grounding import crossed_share, distinct, matching_sets, retrieval, shared_phrases
-from model import load_tokenizer, lora
+from model import checkpoint_layers, load_tokenizer, lora
 from shards import (
     MixtureSampler, label_counts, load_space, passes_line, require_enough, shards_fingerprint, task_shares,
     text_examples, token_sets, with_prompt)
@@ -117,6 +117,7 @@ gate_spectral_std = 6.0        # of a sound's spectrum, in dB; noise has about 5
 # machine
 device = 'auto'
 dtype = 'auto'                 # of frozen weights: bfloat16 where the device multiplies it; what learns is float32
+gradient_checkpointing = False  # True: layers are computed again on the way back: less memory, up to half more time
 log_every = 20
 timeout = 30.0                 # minutes that a rank waits for another one after the first step; before it, a day
 tensorboard = False            # True: the log's numbers in out_dir/tensorboard too; needs the package tensorboard
@@ -195,6 +196,8 @@ if full_tune:
         part.float().requires_grad_(True)              # in float32: these weights are their own masters
 else:
     adapter = lora(model.llm, lora_r, lora_alpha, dropout=lora_dropout, targets=lora_targets)
+if gradient_checkpointing:
+    checkpoint_layers(model.llm)
 trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
 frozen_before = frozen_sha256(model, trainable)
 norm_groups = {'rows': 'new_', 'lora': 'llm.'}         # the log has a gradient norm for each
@@ -502,13 +505,14 @@ if rank == 0:
     declared = {name for name in names if name.startswith(('new_', *tuned)) or '.lora_' in name}
     verdicts += gates.training_gates(declared, trainable, with_gradient, before=frozen_before,
                                      after=frozen_sha256(model, trainable))
+    status = gates.conclude(out, verdicts, worth=worth, losses=means, start=at_start, ablations=measured)
+    # after the verdict, which a disk that is full of weights would cost
     save_new_rows(model, out, stage='b4', step=step, base_sha256=base_sha256)
     if full_tune:
         model.llm.to(dtype)                            # as the base was
         export_stock(model, tokenizer, out / 'export')
     else:
         adapter.save_pretrained(out / 'adapter')
-    status = gates.conclude(out, verdicts, worth=worth, losses=means, start=at_start, ablations=measured)
     write_status(out, 'finished', step, n_steps)
     gates.curves(out / 'log.jsonl', out / 'curves.png', [f'{task}_correct' for task in tasks], tasks)
 status = int(all_sum(status))

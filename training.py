@@ -85,7 +85,8 @@ class StopSignal:
 # what a resumed run may change: the machine it runs on, where its files are, and the bars of its gates
 FREE_ON_RESUME = {'resume', 'micro_batch_size', 'out_dir', 'device', 'feature_cache', 'workers', 'log_every',
                   'max_bad_samples', 'allow_failed_gates', 'epoch_samples', 'epoch_minutes', 'image_codec',
-                  'audio_codec', 'tensorboard', 'timeout', 'feature_cache_gb'}
+                  'audio_codec', 'tensorboard', 'timeout', 'feature_cache_gb',
+                  'gradient_checkpointing'}
 
 
 def check_resumable(meta, settings, frozen_sha256, folder):

@@ -3,6 +3,7 @@ How long a rank waits for another one: a rank that hangs ends the run in a line 
 
 Not by torch's own timeout: gloo and NCCL say in a page of their words that it has passed, and not whom they waited for.
 """
+import atexit
 import os
 import sys
 import threading
@@ -21,17 +22,26 @@ class Watch:
 
     def start(self):
         store = dist.distributed_c10d._get_default_store()   # by which the ranks found each other; no public name
+        atexit.register(self.tell_end, store)
         threading.Thread(target=self.look, args=(store,), daemon=True).start()
+        # a connection of its own: asking a rank that was stopped takes for ever, and nobody else can ask meanwhile
+        threading.Thread(target=self.hear, args=(store.clone(),), daemon=True).start()
+
+    def tell_end(self, store):
+        """At exit: a rank that has not come to shutdown_ranks has failed."""
+        if dist.is_initialized():
+            with suppress(RuntimeError):
+                store.set('ended', str(dist.get_rank()))
 
     @contextmanager
-    def collective(self):
-        """Around every collective, until its result is there."""
+    def collective(self, device='cpu'):
+        """Around every collective, until its result is there. device: type of the one that its tensors are on."""
         self.n_collectives += 1
         self.since = time.monotonic()
         try:
             yield
         except RuntimeError as e:
-            if dist.get_backend() != 'gloo':           # an error of CUDA may come out here as well
+            if device != 'cpu':                        # an error of CUDA may come out here as well
                 raise
             raise SystemExit(f'rank {dist.get_rank()}: another rank has ended, its own lines say why '
                              f'({str(e).splitlines()[0]})')
@@ -55,11 +65,25 @@ class Watch:
                 if self.since != since:
                     continue
                 silent = ', '.join(map(str, silent_ranks(store, n)))
-                sys.stderr.write(f'rank {dist.get_rank()} has waited {self.minutes:g} min for rank {silent}: was it '
-                                 'stopped, does its disk hang? Start again to go on; a longer timeout lets it take '
-                                 'longer\n')
-                sys.stdout.flush()
-                os._exit(1)                            # the main thread is inside torch and would not hear
+                leave(f' has waited {self.minutes:g} min for rank {silent}: was it stopped, does its disk hang? Start '
+                      'again to go on; a longer timeout lets it take longer')
+
+
+    def hear(self, store):
+        """Leave when another rank has failed while this one waits: gloo says so itself, NCCL would wait for ever."""
+        with suppress(RuntimeError):                   # the store has gone with rank 0
+            while True:
+                time.sleep(1)
+                if self.since is not None and store.check(['ended']):
+                    time.sleep(1)                      # gloo's own line comes first where there is one
+                    leave(f': rank {store.get("ended").decode()} has ended, its own lines say why')
+
+
+def leave(words):
+    """End this process with a line about its rank; the main thread is inside torch and would not hear."""
+    sys.stderr.write(f'rank {dist.get_rank()}{words}\n')
+    sys.stdout.flush()
+    os._exit(1)
 
 
 def silent_ranks(store, n):

@@ -15,13 +15,14 @@ import time
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 
 import common
 from common import (
     Progress, all_gather, all_sum, frozen_dtype, gather_in_order, has_checkpoint, in_parts, init_ranks, load_checkpoint,
     lock_run, on_rank_0, progress, rank_parts, read_sealed, reduce_gradients, require_vacant, save_checkpoint,
     seed_everything, sha256_tensors, shutdown_ranks, whole_folder, write_atomic, write_sealed)
-from watch import wait_at_most
+from watch import WATCH, wait_at_most
 
 
 def start(function, *args):
@@ -454,6 +455,41 @@ def test_a_rank_that_ends_ends_the_others_in_one_line(capfd):
     lines = sorted(capfd.readouterr().err.splitlines())
     assert lines[0] == 'its disk is full' and lines[1].startswith('rank 0: another rank has ended, its own lines say')
     assert len(lines) == 2
+
+
+def test_a_rank_that_waits_where_nothing_tells_it_hears_of_one_that_has_failed(capfd):
+    """As in NCCL, which does not notice that another one is gone."""
+    def wait(rank):
+        all_gather(rank)
+        if rank == 1:
+            raise SystemExit('its disk is full')
+        with WATCH.collective('cuda'):
+            time.sleep(60)
+
+    def run(rank):                                     # a process of its own goes through atexit, a fork does not
+        try:
+            return wait(rank)
+        finally:
+            WATCH.tell_end(dist.distributed_c10d._get_default_store())
+            time.sleep(3)
+
+    process, _ = start_ranks(run)[0]                   # rank 0 keeps the store
+    process.join(20)
+    assert process.exitcode == 1
+    said = [line for line in capfd.readouterr().err.splitlines() if line.startswith('rank 0')]
+    assert said == ['rank 0: rank 1 has ended, its own lines say why']
+
+
+def test_on_a_gpu_hosts_talk_over_gloo_and_devices_over_nccl(monkeypatch):
+    asked = []
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 2)
+    monkeypatch.setattr(torch.cuda, 'set_device', asked.append)
+    monkeypatch.setattr(dist, 'init_process_group', lambda backend, timeout: asked.append(backend))
+    monkeypatch.setattr(WATCH, 'start', lambda: None)
+    for name, value in ('RANK', '1'), ('LOCAL_RANK', '1'), ('WORLD_SIZE', '2'):
+        monkeypatch.setenv(name, value)
+    assert init_ranks('cuda') == (1, 2, torch.device('cuda:1')) and asked == ['cuda:1', 'cpu:gloo,cuda:nccl']
 
 
 def parts_asked_for(rank):

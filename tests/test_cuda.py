@@ -1,9 +1,12 @@
-"""One step of every training script in bfloat16 on a GPU is that of float32 on a CPU, to two percent; skipped without a
-GPU. `python -m pytest -m cuda` on a machine that has one."""
+"""One step of every training script in bfloat16 on a GPU is that of float32 on a CPU, to two percent, and attention
+without pads that with them; skipped without a GPU. `python -m pytest -m cuda` on a machine that has one."""
+import model
 import pytest
 import torch
 import training
 from conftest import HAS_GPU, read_json, read_log, run_with_stubs
+
+from data import padded_layout
 
 pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not HAS_GPU, reason='needs a GPU')]
 
@@ -26,3 +29,26 @@ def test_the_first_step_on_a_gpu_is_that_of_a_cpu(stage, came_from, tmp_path, mo
     for key in 'loss', 'grad_norm':
         assert step[key] == pytest.approx(wanted[key], rel=2e-2)
     assert torch.cuda.max_memory_allocated() > 0
+
+
+@pytest.mark.parametrize('lengths', [[1, 2, 300, 7], [64] * 5, [1]], ids=str)
+def test_attention_without_pads_is_that_with_them(lengths, monkeypatch):
+    """In bfloat16, two query heads to a key: outputs and gradients to its rounding, examples apart in both."""
+    torch.manual_seed(0)
+    layout = padded_layout(lengths).to('cuda')
+    shapes = ((4, 32), (2, 32), (2, 32))               # heads, head width of queries, keys, values
+    inputs = [torch.randn(1, heads, sum(lengths), width, device='cuda') for heads, width in shapes]
+    weights = torch.randn(1, sum(lengths), 4, 32, device='cuda')
+
+    def outputs_and_gradients():
+        leaves = [x.bfloat16().requires_grad_() for x in inputs]
+        attended, _ = model.unpadded_attention(None, *leaves, None, scaling=0.2, layout=layout)
+        (attended.float() * weights).sum().backward()
+        return [attended, *(leaf.grad for leaf in leaves)]
+
+    assert model.has_varlen(torch.zeros(1, dtype=torch.bfloat16, device='cuda'))
+    without_pads = outputs_and_gradients()
+    monkeypatch.setattr(model, 'varlen_attn', None)
+    assert not model.has_varlen(torch.zeros(1, dtype=torch.bfloat16, device='cuda'))
+    for found, wanted in zip(without_pads, outputs_and_gradients()):
+        torch.testing.assert_close(found.float(), wanted.float(), rtol=2e-2, atol=2e-2)

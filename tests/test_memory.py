@@ -2,6 +2,7 @@
 import re
 import runpy
 import sys
+import weakref
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -12,13 +13,15 @@ import torch.nn.functional as F
 from conftest import REPO
 from test_docs import settings_of
 from test_real_configs import QWEN3, SO400M
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import Qwen3Config, Qwen3ForCausalLM, SiglipVisionConfig, SiglipVisionModel
 
 from configure import configure
 from data import Example, collate
 from examples import NO_IMAGES
 from lists import Item
-from model import VLM, Connector, Tower, lora
+from model import VLM, Connector, Tower, checkpoint_layers, lora
 from token_model import TokenModel
 from tools.memory import LORA_TARGETS, PLAN, Step, Trained, memory_needed, table
 from uti import TokenSpace
@@ -129,6 +132,75 @@ def kept(model, batch):
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         loss = model(batch)
     return sum(t.untyped_storage().nbytes() for address, t in tensors.items() if address not in own), loss
+
+
+class Alive(TorchDispatchMode):
+    """Bytes of the storages that were made inside and are alive: now, and the most at any time."""
+    def __init__(self, model):
+        super().__init__()
+        # {what a storage is known by: its weak reference}; the model's own come out of views
+        self.known = {p.untyped_storage()._cdata: None for p in [*model.parameters(), *model.buffers()]}
+        self.now = self.most = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(made):
+            if isinstance(tensor, torch.Tensor):
+                self.count(tensor.untyped_storage())
+        return made
+
+    def count(self, storage):
+        size = storage.nbytes()
+        key = storage._cdata
+        if key in self.known:
+            return
+
+        def free(_):
+            del self.known[key]
+            self.now -= size
+
+        self.known[key] = weakref.ref(storage, free)
+        self.now += size
+        self.most = max(self.most, self.now)
+
+
+def step_alive(model, batch):
+    """(loss, gradients by name, bytes alive after the forward pass, the most of the whole step) of a seeded step."""
+    torch.manual_seed(7)
+    with Alive(model) as alive:
+        loss = model(batch)
+        after_forward = alive.now
+        loss.backward()
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    return loss.detach(), gradients, after_forward, alive.most
+
+
+CHECKPOINTED = [('a1', track_a, {}), ('a2', track_a, {'lora_dropout': 0.1}), ('b3', track_b, {}),
+                ('b4', track_b, {'lora': True}), ('b4', track_b, {'full_tune': True})]
+
+
+@pytest.mark.parametrize('half', [False, True], ids=['float32', 'bfloat16'])
+@pytest.mark.parametrize('stage, make, options', CHECKPOINTED, ids=['a1', 'a2', 'b3', 'b4', 'b4-full_tune'])
+def test_checkpointing_gives_the_same_step_to_the_bit_in_less_memory(stage, make, options, half, fused_attention):
+    model, batch, step, trained = make(half, **options)
+    loss, gradients, _, most = step_alive(model, batch)
+    checkpoint_layers(model.llm)
+    loss_again, gradients_again, after_forward, most_again = step_alive(model, batch)
+    assert torch.equal(loss, loss_again) and gradients.keys() == gradients_again.keys() and gradients
+    for name in gradients:
+        assert torch.equal(gradients[name], gradients_again[name]), name
+    need = memory_needed(stage, model.llm.config, TOWER, replace(step, checkpointing=True), trained)
+    ratio = (need['activations'] + need['logits']) / after_forward
+    print(f'{stage} {half}: {after_forward} bytes alive, {ratio:.3f} times that by the formula; {most_again} of {most}')
+    assert 1 / 1.15 < ratio < 1.15 and most_again < 0.7 * most
+
+
+def test_what_is_computed_again_is_not_computed_twice_without_gradients():
+    model, batch, _, _ = track_b(half=False)
+    checkpoint_layers(model.llm)
+    with torch.no_grad():
+        assert model(batch).grad_fn is None
 
 
 def n_bytes(tensors):

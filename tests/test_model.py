@@ -314,6 +314,26 @@ def test_an_unpadded_batch_gives_the_losses_that_each_example_gives_alone(world)
     assert (world.vlm.nll(one_long_example) - want).abs().max() > 0.1   # the test would see examples look across
 
 
+def attention_of_boundaries(query, key, value, boundaries, same, longest, _, scale, window_size, enable_gqa):
+    """What varlen_attn is documented to do: (T, heads, .) of examples that lie between these boundaries, on a CPU."""
+    assert boundaries.dtype == torch.int32 and boundaries is same and window_size == (-1, 0)
+    assert longest == boundaries.diff().max()
+    outputs = []
+    for parts in zip(*(x.split(boundaries.diff().tolist()) for x in (query, key, value))):
+        q, k, v = (part.transpose(0, 1) for part in parts)                                      # (heads, T, .)
+        outputs.append(F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=enable_gqa))
+    return torch.cat(outputs, dim=1).transpose(0, 1)
+
+
+@torch.no_grad()
+def test_where_attention_needs_no_pads_it_gets_none(world, monkeypatch):
+    batch = world.loader.collate(world.mixed)
+    want = world.vlm.nll(batch)
+    monkeypatch.setattr(model, 'varlen_attn', attention_of_boundaries)
+    monkeypatch.setattr(model, 'has_varlen', lambda value: True)
+    assert torch.allclose(world.vlm.nll(batch), want, atol=1e-5, rtol=1e-5)
+
+
 @torch.no_grad()
 def test_attention_by_its_definition_is_stock_attention():
     torch.manual_seed(0)

@@ -85,6 +85,13 @@ def test_a_killed_run_with_dropout_goes_on_as_the_same_run_to_the_last_bit(a2_co
     assert_same_run(tmp_path / 'whole', tmp_path / 'cut', tensors=['connector', 'lora'])
 
 
+def test_gradient_checkpointing_is_only_memory(a2_config, a2_run, tmp_path):
+    out = back_at_checkpoint(a2_run.out, tmp_path / 'out')
+    code, _ = run_here('train_a2.py', a2_config, f'--out_dir={out}', '--resume=True', '--gradient_checkpointing=True')
+    assert code == a2_run.code
+    assert_same_run(out, a2_run.out, tensors=['connector', 'lora'])
+
+
 def test_micro_batch_size_is_only_memory_and_two_ranks_are_one_run(a2_config, a2_run, tmp_path):
     out = back_at_checkpoint(a2_run.out, tmp_path / 'out')
     status = on_two_ranks(run_here, 'train_a2.py', a2_config, f'--out_dir={out}', '--resume=True',

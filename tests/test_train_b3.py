@@ -6,6 +6,7 @@ import signal
 
 import pytest
 import soundfile
+import token_model
 from conftest import (
     REPO, assert_close_run, assert_same, assert_same_run, back_at_checkpoint, failed_gates, in_children, on_two_ranks,
     read_checkpoint, read_gates, read_json, read_lines, read_log, run_until, run_with_stubs)
@@ -62,6 +63,17 @@ def test_shuffled_captions_fail_the_ablations_and_a_touched_base_fails_its_sha25
     code, _ = run_with_stubs(tmp_path / 'touched_b3.py', b3_config, f'--out_dir={tmp_path}/out',
                              f'--shards_dir={tmp_path}/shards')
     assert code == 1 and ANOTHER | {'frozen weights changed (sha256)'} <= failed_gates(tmp_path / 'out')
+
+
+def test_a_disk_that_the_export_fills_costs_no_verdict(b3_config, tmp_path, monkeypatch):
+    """What was measured is in gates.json; the gate on the export has failed."""
+    def fill(model, tokenizer, folder):
+        raise SystemExit(f'{folder}: cannot write here, is the disk full?')
+
+    monkeypatch.setattr(token_model, 'export_stock', fill)
+    code, _ = run_with_stubs('train_b3.py', b3_config, f'--out_dir={tmp_path}', '--epoch_samples=16')
+    assert 'is the disk full?' in code and len(read_gates(tmp_path)) == 26
+    assert 'exported logits, largest difference in a stock load' in failed_gates(tmp_path)
 
 
 def test_a_softmax_over_everything_moves_text_and_fails_its_gate(b3_config, tmp_path):

@@ -46,6 +46,7 @@ class Step:
     half: bool = True              # frozen weights in bfloat16, else in float32
     cuda: bool = True              # dropout keeps a byte per number there, and four on a CPU
     ranks: int = 1                 # GPUs in all
+    checkpointing: bool = False    # gradient_checkpointing
 
 
 @dataclass(frozen=True)
@@ -74,12 +75,22 @@ def memory_needed(stage, llm, tower, step, trained):
     n_frozen = sum(p.numel() for p in parameters) - n_learned
     number = 2 if step.half else FLOAT                 # bytes of a number in the precision of the frozen weights
 
-    activations = step.micro_batch_size * step.example_tokens * token_bytes(stage, llm, step, trained, number)
+    n_tokens = step.micro_batch_size * step.example_tokens
+    layer = n_tokens * layer_bytes(stage, llm, step, trained, number)
+    # what the last norm norms, and what its weight is multiplied by
+    activations = n_tokens * llm.hidden_size * (FLOAT + number if trained.full_tune else FLOAT)
+    n_kept = n_learned                                 # of which a cast is kept
+    if step.checkpointing:                             # the input of each layer
+        activations += n_tokens * llm.num_hidden_layers * llm.hidden_size * number
+        n_in_layers = sum(p.numel() for p in parts['llm'].model.layers.parameters() if p.requires_grad)
+        layer += number * n_in_layers / llm.num_hidden_layers
+        n_kept -= n_in_layers
+    else:
+        activations += llm.num_hidden_layers * layer
     if 'connector' in parts:
         activations += step.micro_batch_size * connector_bytes(parts['connector'], tower, llm, number)
     if step.half:                                      # casts of what is multiplied by, which input rows are not
-        n_cast = n_learned if 'connector' in parts else n_learned - parts['new_rows'][0].numel()
-        activations += number * n_cast
+        activations += number * (n_kept if 'connector' in parts else n_kept - parts['new_rows'][0].numel())
     logits = logits_at_once(llm, step)
 
     need = {'frozen': number * n_frozen, 'trained': FLOAT * n_learned, 'gradients': FLOAT * n_learned,
@@ -89,7 +100,9 @@ def memory_needed(stage, llm, tower, step, trained):
     always = need['frozen'] + need['trained'] + need['gradients'] + need['optimizer']
     # a backward pass: gradients of one range's logits at a time, in float32 and, where half, again in bfloat16
     of_logits = max(logits, default=0) * (FLOAT + 2 if step.half else FLOAT)
-    backward = activations + need['logits'] + of_logits + FLOAT * max(learned)
+    # or one layer that is computed again, when those are gone
+    again = layer if step.checkpointing else 0
+    backward = activations + max(need['logits'] + of_logits, again) + FLOAT * max(learned)
     # the end of a step: gradient norms in float64, one matrix at a time; the message between ranks
     end = max(16 * max(learned), FLOAT * n_learned if step.ranks > 1 else 0)
     return {**need, 'peak': always + max(backward, end)}
@@ -118,8 +131,8 @@ def has_lora(stage, trained):
     return stage == 'a2' or (stage == 'b4' and not trained.full_tune)
 
 
-def token_bytes(stage, llm, step, trained, number):
-    """Bytes that the language model keeps of one token: all its layers and the last norm."""
+def layer_bytes(stage, llm, step, trained, number):
+    """Bytes that a layer of the language model keeps of one token."""
     width = llm.hidden_size
     inside = llm.intermediate_size                     # of the MLP
     queries = llm.num_attention_heads * llm.head_dim
@@ -137,7 +150,7 @@ def token_bytes(stage, llm, step, trained, number):
             layer += shared * number
     if trained.full_tune:
         layer += number * (inputs + 2 * width + queries + keys)
-    return llm.num_hidden_layers * layer + FLOAT * width
+    return layer
 
 
 def connector_bytes(connector, tower, llm, number):
@@ -252,6 +265,7 @@ if __name__ == '__main__':
     lora_r = 16
     full_tune = False              # stage B4 without LoRA
     ranks = 1                      # GPUs in all
+    gradient_checkpointing = False
     table_only = False
     config = configure(globals())
     # -----------------------------------------------------------------------------
@@ -263,7 +277,8 @@ if __name__ == '__main__':
         print(table())
         raise SystemExit(0)
     tower = known_config(vision, SiglipVisionConfig) if stage in ('a1', 'a2') else None
-    step = Step(micro_batch_size, example_tokens, labels, codes=codes, code_range=code_range, ranks=ranks)
+    step = Step(micro_batch_size, example_tokens, labels, codes=codes, code_range=code_range, ranks=ranks,
+                checkpointing=gradient_checkpointing)
     trained = Trained({'num_image_tokens': num_image_tokens}, new_rows, lora_r=lora_r, full_tune=full_tune)
     for part, size in memory_needed(stage, known_config(llm, Qwen3Config), tower, step, trained).items():
         print(f'{part:<12} {gib(size):>8} GiB')
