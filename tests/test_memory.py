@@ -177,7 +177,7 @@ def step_alive(model, batch):
 
 
 CHECKPOINTED = [('a1', track_a, {}), ('a2', track_a, {'lora_dropout': 0.1}), ('b3', track_b, {}),
-                ('b4', track_b, {'lora': True}), ('b4', track_b, {'full_tune': True})]
+                ('b4', track_b, {'has_lora': True}), ('b4', track_b, {'full_tune': True})]
 
 
 @pytest.mark.parametrize('half', [False, True], ids=['float32', 'bfloat16'])
