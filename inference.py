@@ -1,24 +1,23 @@
 """
 A model in use: what the right image is worth to it, what it generates, its predictions for the log, a chat.
 
-Letters: B examples or prompts, T tokens of one, L of the longest, N image tokens, M labels, D width of the language
-model, V text rows, C conditions of the ablation.
+Letters: B examples, T tokens of one, N image tokens, M labels, D width of the language model, C conditions of the
+ablation.
 """
 import json
 from functools import partial
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from transformers.cache_utils import DynamicCache
 
 from common import (
     all_gather, all_sum, gather_in_order, in_parts, rank_parts, sha256_file, stoppable_parts, write_atomic)
 from data import ChatTemplate, answer_starts, collate, length_buckets
+from decoders import generate, load_tokenizer
 from grounding import Prediction, retrieval, share_removed
 from lists import Item
 from media import read_image
-from model import image_settings, load_tokenizer
+from model import image_settings
 
 # -----------------------------------------------------------------------------
 # the image ablation: what is the right image worth?
@@ -166,89 +165,7 @@ def ablation_means(losses, counts, bucket_edges, crossed):
 
 
 # -----------------------------------------------------------------------------
-# generation from embeddings
-
-
-def pick(logits, temperature, top_p, generators, top_k=0):
-    """The next id of each of B examples, (B,), from logits (B, V).
-
-    temperature 0 is greedy; generators: one for each example, so that it draws the same whoever else is in the batch;
-    top_k: draw among the k likeliest ids, 0 for among all.
-    """
-    if temperature == 0:
-        return logits.argmax(-1)
-    ordered, order = (logits.float() / temperature).sort(dim=-1, descending=True, stable=True)  # (B, V) each
-    if top_k:
-        ordered = ordered[:, :top_k]
-    probabilities = torch.softmax(ordered, dim=-1)
-    before = probabilities.cumsum(-1) - probabilities  # what the likelier ids have together
-    probabilities = probabilities.masked_fill(before >= top_p, 0)   # keeps the smallest set that reaches top_p
-    draws = []
-    for row, generator in zip(probabilities.cpu(), generators):
-        draws.append(torch.multinomial(row, 1, generator=generator))
-    drawn = torch.stack(draws).to(order.device)                                                 # (B, 1)
-    return order.gather(1, drawn)[:, 0]
-
-
-def seeded_generators(seeds, n):
-    """n torch generators; with seeds = None those of seeds 0, 1, ..."""
-    return [torch.Generator().manual_seed(seed) for seed in (range(n) if seeds is None else seeds)]
-
-
-class Continuation:
-    """Prompts of any lengths, [(T_i, D)] embeddings, that go on together, one token at a time, from a cache.
-
-    They are padded on the left, so that every next token has the same index; the mask hides the pads, and positions
-    count from each prompt's own start.
-    """
-    def __init__(self, llm, prompts):
-        self.llm = llm
-        self.cache = DynamicCache(config=llm.config)
-        lengths = torch.tensor([len(prompt) for prompt in prompts], device=prompts[0].device)
-        longest = max(len(prompt) for prompt in prompts)
-        padded = [F.pad(prompt, (0, 0, longest - len(prompt), 0)) for prompt in prompts]
-        self.embeds = torch.stack(padded)                                                       # (B, L, D)
-        columns = torch.arange(longest, device=lengths.device)
-        self.mask = (columns >= longest - lengths[:, None]).long()                              # (B, L)
-        self.positions = (self.mask.cumsum(-1) - 1).clamp(min=0)                                # (B, L)
-
-    def hidden(self):
-        """The state that the next token is predicted from, (B, D)."""
-        # the first four by position: between transformers 5.20 and 5.24 the fourth got another name
-        return self.llm.model(None, self.mask, self.positions, self.cache,
-                              inputs_embeds=self.embeds, use_cache=True).last_hidden_state[:, -1]
-
-    def append(self, embeds):
-        """Go on with these tokens, (B, D)."""
-        self.embeds = embeds[:, None]
-        self.mask = torch.cat([self.mask, self.mask.new_ones(len(embeds), 1)], dim=1)
-        self.positions = self.positions[:, -1:] + 1
-
-
-@torch.no_grad()
-def generate(llm, prompts, max_new_tokens, stop_ids, temperature=0.0, top_p=1.0, seeds=None):
-    """Continue prompts given as embeddings, [(T_i, D)]. Returns lists of ids, without the stop id.
-
-    What a prompt is continued with does not depend on the others. seeds: one for each prompt, when sampling.
-    """
-    generators = seeded_generators(seeds, len(prompts))
-    continuation = Continuation(llm, prompts)
-    outputs = [[] for _ in prompts]
-    unfinished = set(range(len(prompts)))
-    for _ in range(max_new_tokens):
-        logits = llm.lm_head(continuation.hidden())                                             # (B, V)
-        ids = pick(logits, temperature, top_p=top_p, generators=generators)                     # (B,)
-        for n, token in enumerate(ids.tolist()):
-            if n not in unfinished:                    # its row of the batch runs on to the end, unused
-                continue
-            if token in stop_ids:
-                unfinished.remove(n)
-            else:
-                outputs[n].append(token)
-        if not unfinished:
-            break
-        continuation.append(llm.get_input_embeddings()(ids))
-    return outputs
+# predictions
 
 
 @torch.no_grad()

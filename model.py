@@ -1,22 +1,17 @@
 """
-The model: a frozen vision tower, a trainable connector, a Qwen3 that is frozen or has LoRA, and the loss at label
-positions. What a trained one does is in inference.py.
+The model: a frozen vision tower, a trainable connector, a language model that is frozen or has LoRA. How examples go
+through the language model is in decoders.py, what a trained one does in inference.py.
 
-Letters: B examples, P patches, N image tokens, T tokens of all examples together, L tokens of the longest example,
-M labels, D width of the language model, Dv of the tower, Dr of the resampler, V text rows.
-
-Batches are not padded: a batch is one sequence of T tokens, its examples end to end, and positions start anew in each.
-Only attention has to keep the examples apart; there, and only there, they are laid out as (B, L).
+Letters: B examples, P patches, N image tokens, T tokens of all examples together, M labels, D width of the language
+model, Dv of the tower, Dr of the resampler.
 """
 import hashlib
-import inspect
 import json
 import math
 import os
 import signal
-import warnings
 from collections.abc import Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -25,88 +20,18 @@ import torch
 import torch.nn.functional as F
 from filelock import FileLock
 from torch import nn
-from torch.utils.checkpoint import checkpoint
-from transformers import (
-    AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer, SiglipVisionModel)
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
-from transformers.utils import cached_file, logging
-
-try:
-    from torch.nn.attention.varlen import varlen_attn
-except ImportError:                                    # torch before 2.10
-    varlen_attn = None
+from transformers import SiglipVisionModel
+from transformers.utils import cached_file
 
 from common import (
     all_gather, barrier, first_line, in_parts, progress, read_sealed, sha256_file, sha256_tensors, write_sealed)
+from decoders import (
+    embedding_rms, hidden_states, label_losses, load_config, load_llm, precision_of, pretrained, text_logits)
 from examples import picture_keys, remember_pictures
 from media import BadSample
 
 # -----------------------------------------------------------------------------
-# loading what stays frozen
-
-logging.disable_progress_bar()
-logging.set_verbosity_error()                          # its load report lists the text tower; pretrained() is stricter
-warnings.filterwarnings('ignore', '`is_gradient_checkpointing` is deprecated')   # raised inside peft
-
-
-def pretrained(cls, path, dtype, ignore=(), **options):
-    """cls.from_pretrained, with every weight read from the checkpoint and none left over, or one clear line.
-
-    from_pretrained fills missing weights at random and only reports them; here they are an error.
-    ignore: prefixes of weights that may be left over.
-    """
-    try:
-        model, info = cls.from_pretrained(
-            path, dtype=dtype, trust_remote_code=False, output_loading_info=True, ignore_mismatched_sizes=True,
-            **options)
-    except Exception as e:                             # missing, cut or foreign files raise all kinds
-        raise SystemExit(f'{path}: cannot load its weights ({first_line(e)}); wanted a whole Hugging Face checkpoint')
-    unknown = [name for name in info['unexpected_keys'] if not name.startswith(tuple(ignore))]
-    problems = {'lacks': info['missing_keys'], 'has unknown': unknown, 'has misshapen': info['mismatched_keys']}
-    for problem, names in problems.items():
-        if names:
-            first = ', '.join(map(str, sorted(names)[:3]))
-            raise SystemExit(f'{path} {problem} weights: {first} ({len(names)} in all); '
-                             'wanted a complete checkpoint of this class')
-    return model
-
-
-def load_config(path):
-    """The configuration of a Hugging Face model; exits with one line when there is none."""
-    try:
-        return AutoConfig.from_pretrained(path, trust_remote_code=False)   # code in a model's folder never runs
-    except Exception as e:
-        raise SystemExit(f'{path}: no Hugging Face model here ({first_line(e)})')
-
-
-def load_tokenizer(path):
-    """The tokenizer of a Hugging Face model; exits with one line when it is absent or damaged."""
-    load_config(path)                                  # one clear line when nothing is there
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    except Exception as e:                             # a damaged tokenizer.json raises a plain one
-        raise SystemExit(f'{path}: cannot load its tokenizer ({first_line(e)}); wanted a whole tokenizer.json')
-    if not tokenizer.encode('a', add_special_tokens=False):            # what transformers makes where there is no file
-        raise SystemExit(f'{path}: its tokenizer is empty; wanted a whole tokenizer.json')
-    return tokenizer
-
-
-def save_pretrained(part, folder):
-    """part.save_pretrained of a model, a tokenizer or a processor, with an OSError where the disk is full."""
-    try:
-        part.save_pretrained(folder)
-    except Exception as e:                             # the tokenizers library raises a plain one
-        raise OSError(first_line(e)) from e
-
-
-def load_llm(path, dtype=torch.float32):
-    """A frozen Qwen3 language model whose attention takes unpadded batches."""
-    config = load_config(path)
-    if config.model_type != 'qwen3':
-        raise SystemExit(f'{path}: model_type is {config.model_type!r}, wanted qwen3')
-    llm = pretrained(AutoModelForCausalLM, path, dtype, attn_implementation='unpadded')
-    return llm.eval().requires_grad_(False)
+# the vision tower, which stays frozen
 
 
 class Tower(nn.Module):
@@ -249,7 +174,7 @@ def grid_positions(side, width):
 class Connector(nn.Module):
     """Patch features (B, P, Dv) -> image tokens (B, N, D): a Perceiver resampler, then an MLP into the LLM's width.
 
-    embed_rms: root mean square of the LLM's embeddings; image tokens start at that size.
+    embed_rms: of embedding_rms; image tokens start at that size.
     """
     def __init__(self, patch_width, side, llm_width, num_image_tokens=64, width=512, depth=2, heads=8, vision_ln=False,
                  embed_rms=0.03):
@@ -276,130 +201,7 @@ class Connector(nn.Module):
 
 
 # -----------------------------------------------------------------------------
-# attention over unpadded examples
-
-
-def unpadded_attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, layout=None, **kwargs):
-    """Causal attention inside each example of an unpadded batch; with layout = None ordinary SDPA (generation).
-
-    query, key, value: (1, heads, T, head width); key and value may have fewer heads. layout: see data.padded_layout.
-    A pad stands after its example's end, so the causal mask alone hides it from every real token. A GPU needs no pads.
-    """
-    if layout is None:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout,
-                                      **kwargs)
-
-    if has_varlen(value) and not dropout:
-        q, k, v = (heads[0].transpose(0, 1).to(value.dtype) for heads in (query, key, value))   # (T, heads, .)
-        attended = varlen_attn(q, k, v, layout.boundaries, layout.boundaries, layout.longest, layout.longest,
-                               scale=scaling, window_size=(-1, 0), enable_gqa=q.shape[1] != k.shape[1])
-        return attended[None], None                                                             # (1, T, heads, .)
-
-    def padded(tokens, pad_index):
-        """(heads, tokens of a group, .) -> (B, heads, L, .)"""
-        return tokens.index_select(1, pad_index.view(-1)).unflatten(1, pad_index.shape).transpose(0, 1)
-
-    sizes = [len(unpad_index) for _, unpad_index in layout]
-    queries = query[0].split(sizes, dim=1)
-    keys = key[0].split(sizes, dim=1)
-    values = value[0].split(sizes, dim=1)
-    outputs = []
-    for n, (pad_index, unpad_index) in enumerate(layout):
-        # gather a group's tokens as (B, L), attend, take the real ones back
-        q = padded(queries[n], pad_index)
-        k = padded(keys[n], pad_index)
-        v = padded(values[n], pad_index)
-        if v.device.type == 'cpu' and v.dtype == torch.bfloat16 and v.shape[2] <= SHORT:
-            attended = short_attention(q, k, v, scaling=scaling, dropout=dropout)               # (B, heads, L, .)
-        else:
-            attended = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, dropout_p=dropout,
-                                                      enable_gqa=q.shape[1] != k.shape[1])
-        tokens = attended.transpose(1, 2).flatten(0, 1)                                         # (B * L, heads, .)
-        outputs.append(tokens.index_select(0, unpad_index))
-    return torch.cat(outputs)[None], None                                                       # (1, T, heads, .)
-
-
-def has_varlen(value):
-    """Is there a kernel for examples of any lengths where this tensor is?"""
-    if not value.is_cuda or value.dtype not in (torch.bfloat16, torch.float16) or varlen_attn is None:
-        return False
-    known = inspect.signature(varlen_attn).parameters  # its first version took neither
-    return {'window_size', 'enable_gqa'} <= known.keys() and torch.cuda.get_device_capability(value.device) >= (8, 0)
-
-
-SHORT = 256                    # tokens up to which short_attention is the faster
-
-
-def short_attention(query, key, value, scaling=None, dropout=0.0):
-    """Causal attention by its definition, every score kept.
-
-    In bf16 on a CPU torch's kernel, which keeps none, takes 4 to 8 times as long for examples of 64 to 160 tokens.
-    query: (B, heads, L, head width); key and value may have fewer heads, each shared by a group of query heads.
-    """
-    length = query.shape[2]
-    group = query.shape[1] // key.shape[1]
-    if scaling is None:
-        scaling = query.shape[-1] ** -0.5
-    query = query.unflatten(1, (-1, group)).flatten(2, 3)                                       # (B, kv, group L, .)
-    scores = (query * scaling) @ key.transpose(2, 3)                                            # (B, kv, group L, L)
-    future = torch.full((length, length), -torch.inf, dtype=scores.dtype).triu(1)               # (L, L)
-    weights = F.dropout((scores + future.repeat(group, 1)).softmax(-1), dropout)
-    return (weights @ value).unflatten(2, (group, length)).flatten(1, 2)                        # (B, heads, L, .)
-
-
-AttentionInterface.register('unpadded', unpadded_attention)
-AttentionMaskInterface.register('unpadded', sdpa_mask)   # for generation, which pads
-
-# Given as a dict, transformers takes masks as they are; left out, it would build (1, 1, T, T) ones, and the layout
-# already says who sees whom. The second key is for the layers of models with a sliding window.
-NO_MASKS = {'full_attention': None, 'sliding_attention': None}
-
-
-# -----------------------------------------------------------------------------
 # the grafted model
-
-
-def precision_of(llm):
-    """bf16 autocast where the frozen weights are bf16: what is trained, in float32, holds the master weights."""
-    if llm.dtype == torch.bfloat16:
-        return torch.autocast(llm.device.type, torch.bfloat16)
-    return nullcontext()
-
-
-def hidden_states(llm, embeds, batch):
-    """Last hidden states (T, D) of an unpadded batch with these input embeddings, (T, D)."""
-    return llm.model(inputs_embeds=embeds[None], position_ids=batch.position_ids[None], attention_mask=NO_MASKS,
-                     use_cache=False, layout=batch.layout).last_hidden_state[0]
-
-
-def checkpoint_layers(llm):
-    """From here on a layer keeps its input for the backward pass, and there computes the rest of what it needs again:
-    the same numbers, masks of dropout included, in less memory and more time."""
-    for layer in llm.model.layers:
-        layer.forward = partial(computed_again, layer.forward)
-
-
-def computed_again(forward, *args, **kwargs):
-    if not torch.is_grad_enabled():
-        return forward(*args, **kwargs)
-    return checkpoint(forward, *args, use_reentrant=False, **kwargs)
-
-
-def label_losses(hidden, head, labels, chunk=2048):
-    """Cross entropy of each label, (M,), in nats. hidden: (M, D), the states that predict them and no others.
-
-    Logits exist for `chunk` labels at a time; with more labels they are computed again in the backward pass.
-    """
-    def losses_of(hidden, labels):
-        logits = head(hidden).float()                  # bf16 has 8 bits: too few for a sum over V ids
-        return F.cross_entropy(logits, labels, reduction='none')
-
-    if len(labels) <= chunk:
-        return losses_of(hidden, labels)
-    losses = []
-    for hidden_chunk, label_chunk in zip(hidden.split(chunk), labels.split(chunk)):
-        losses.append(checkpoint(losses_of, hidden_chunk, label_chunk, use_reentrant=False))
-    return torch.cat(losses)
 
 
 class VLM(nn.Module):
@@ -456,7 +258,7 @@ class VLM(nn.Module):
         with self.precision():
             hidden = hidden_states(self.llm, embeds, batch)                                     # (T, D)
             hidden = hidden.index_select(0, batch.logit_positions)                              # (M, D)
-            return label_losses(hidden, self.llm.lm_head, batch.labels)
+            return label_losses(hidden, partial(text_logits, self.llm), batch.labels)
 
     def forward(self, batch):
         return self.nll(batch).sum()
@@ -467,30 +269,10 @@ def load_vlm(llm, vision, shape, tower_layer=-1, dtype=torch.float32, device='cp
 
     shape: {'num_image_tokens', 'width', 'depth', 'heads', 'vision_ln'} of the Connector.
     """
-    llm = load_llm(llm, dtype)
+    llm = load_llm(llm, dtype, device)
     tower = load_tower(vision, tower_layer, dtype)
-    rms = llm.get_input_embeddings().weight.detach().float().square().mean().sqrt().item()
-    connector = Connector(tower.width, tower.side, llm.config.hidden_size, embed_rms=rms, **shape)
+    connector = Connector(tower.width, tower.side, llm.config.hidden_size, embed_rms=embedding_rms(llm), **shape)
     return VLM(tower, connector, llm).to(device)
-
-
-def lora(llm, r, alpha, dropout, targets):
-    """Put trainable LoRA matrices into the language model, in place. Returns PEFT's wrapper, which saves and merges.
-
-    targets: names of modules, or a regular expression over full names; exits with one line when it finds none.
-    """
-    from peft import LoraConfig, get_peft_model        # slow to import, and only A2 and B4 need it
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    config = LoraConfig(r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets, task_type='CAUSAL_LM')
-    try:
-        adapter = get_peft_model(llm, config)
-    except ValueError as e:
-        raise SystemExit(f'lora_targets = {targets!r}: {e}')
-    for module in adapter.modules():
-        if isinstance(module, BaseTunerLayer):         # else every input goes to float32, and autocast brings it back
-            module.cast_input_dtype_enabled = False
-    return adapter
 
 
 # -----------------------------------------------------------------------------

@@ -29,7 +29,8 @@ from common import frozen_dtype, init_ranks, load_checkpoint, one_line_io_errors
 from lists import text_is_unicode
 from inference import VisionChat
 from media import read_audio, read_image, write_picture, write_sound
-from model import load_vlm, lora
+from decoders import lora
+from model import load_vlm
 from token_model import load_token_model, read_text, write_codes
 from tools.export import export_graft, export_token_model, usual_guidance
 from uti import UTI, Grammar, TokenSpace

@@ -1,6 +1,6 @@
 """
-The token model of Track B: a frozen Qwen3 with new rows for the ids of images and audio, the typed head, sampling
-under the grammar, and an export that needs none of this.
+The token model of Track B: a frozen language model with new rows for the ids of images and audio, the typed head,
+sampling under the grammar, and an export that needs none of this.
 
 Letters: B examples, T tokens of all examples together, M labels, D width of the language model, V text rows, N codes of
 a payload.
@@ -29,10 +29,12 @@ from transformers import AddedToken, AutoModelForCausalLM, GenerationConfig
 
 from common import first_line, gather_in_order, in_parts, one_line_io_errors, rank_parts, write_atomic
 from data import collate
+from decoders import (
+    NO_MASK, Continuation, embed_scale, final_logits, generate, hidden_states, label_losses, load_llm, pick,
+    precision_of, save_pretrained, seeded_generators, text_logits)
 from grounding import Prediction
-from inference import Continuation, generate, pick, seeded_generators, sum_by_example
+from inference import sum_by_example
 from media import contact_sheet, write_picture, write_sound
-from model import NO_MASKS, hidden_states, label_losses, load_llm, precision_of, save_pretrained
 from shards import prompt_of, with_media, with_prompt
 from uti import TASKS, TokenSpace
 
@@ -47,7 +49,7 @@ def fresh_rows(matrix, n, noise):
 
 
 class TokenModel(nn.Module):
-    """Qwen3 and the new rows of a token space. forward(batch): summed loss in nats. Seed before calling.
+    """A language model and the new rows of a token space. forward(batch): summed loss in nats. Seed before calling.
 
     typed_head: probabilities are over the range that the grammar expects at each label, so that text has exactly those
     of the base model; False: over every id, which is what an engine without the grammar computes.
@@ -56,12 +58,16 @@ class TokenModel(nn.Module):
         super().__init__()
         assert llm.config._attn_implementation == 'unpadded', 'another attention would look across examples'
         n_rows = llm.get_input_embeddings().weight.shape[0]
+        if llm.get_output_embeddings().bias is not None:
+            raise SystemExit(f'the head of a {llm.config.model_type} has a bias, new rows have none: take another '
+                             'language model')
         if n_rows != space.n_text:
             raise SystemExit(f'the language model has {n_rows} embedding rows, the token space counts {space.n_text} '
                              'text rows: take the base model that it was made for')
         self.llm = llm
         self.space = space
         self.typed_head = typed_head
+        self.embed_scale = embed_scale(llm)
         self.new_in = fresh_rows(llm.get_input_embeddings().weight, space.n_new, noise)         # (new, D)
         self.new_out = fresh_rows(llm.get_output_embeddings().weight, space.n_new, noise)       # (new, D)
 
@@ -79,8 +85,11 @@ class TokenModel(nn.Module):
         # both tables are looked up for every id and one answer is kept: that costs less than a host sync to tell them
         # apart, and an answer that is not kept has a gradient of exactly 0
         first_new = self.space.n_text
-        old = F.embedding(ids.clamp(max=first_new - 1), self.llm.get_input_embeddings().weight)
-        new = F.embedding((ids - first_new).clamp(min=0), self.new_in).to(old.dtype)
+        old = self.llm.get_input_embeddings()(ids.clamp(max=first_new - 1))
+        new = F.embedding((ids - first_new).clamp(min=0), self.new_in)
+        if self.embed_scale != 1:
+            new = new * self.embed_scale
+        new = new.to(old.dtype)
         return torch.where((ids >= first_new)[..., None], new, old)
 
     def embed_prompt(self, ids):
@@ -95,10 +104,14 @@ class TokenModel(nn.Module):
         """(M, D) -> (M, size): logits over range number `index` of the space alone."""
         ids = self.space.ranges[index]
         if ids.name == 'text':
-            return self.llm.lm_head(hidden)
+            return text_logits(self.llm, hidden)
         first_new = self.space.n_text
         rows = self.new_out[ids.first - first_new:ids.end - first_new]                          # (size, D)
-        return F.linear(hidden, rows.to(hidden.dtype))
+        return self.row_logits(hidden, rows.to(hidden.dtype))
+
+    def row_logits(self, hidden, rows):
+        """(M, D), output rows (size, D) -> (M, size)"""
+        return final_logits(self.llm, F.linear(hidden, rows))
 
     def range_rows(self, dtype):
         """{index of a range: its output rows (size, D)}, of all ranges but text."""
@@ -109,7 +122,8 @@ class TokenModel(nn.Module):
 
     def all_logits(self, hidden):
         """(M, D) -> (M, V + new): logits over every id."""
-        return torch.cat([self.llm.lm_head(hidden), F.linear(hidden, self.new_out.to(hidden.dtype))], dim=-1)
+        new = self.row_logits(hidden, self.new_out.to(hidden.dtype))
+        return torch.cat([text_logits(self.llm, hidden), new], dim=-1)
 
     def nll(self, batch):
         """Loss of every label, (M,), in nats, in the batch's order: sorted by range."""
@@ -127,7 +141,9 @@ class TokenModel(nn.Module):
             losses = []
             for n, (index, _) in enumerate(label_ranges):
                 labels = labels_by_range[n] - self.space.ranges[index].first   # indices into the range's logits
-                head = partial(F.linear, weight=rows[index]) if index in rows else self.llm.lm_head
+                head = partial(text_logits, self.llm)
+                if index in rows:
+                    head = partial(self.row_logits, rows=rows[index])
                 losses.append(label_losses(hidden_by_range[n], head, labels))
             return torch.cat(losses)
 
@@ -149,7 +165,7 @@ class TokenModel(nn.Module):
 
 def load_token_model(llm, space, typed_head=True, noise=0.02, dtype=torch.float32, device='cpu'):
     """A TokenModel on a frozen base model, with fresh rows. Seed before calling."""
-    return TokenModel(load_llm(llm, dtype), space, typed_head=typed_head, noise=noise).to(device)
+    return TokenModel(load_llm(llm, dtype, device), space, typed_head=typed_head, noise=noise).to(device)
 
 
 # -----------------------------------------------------------------------------
@@ -250,7 +266,7 @@ def text_difference(model, examples, rank=0, world_size=1):
         with model.precision():
             # the base model's own path: its embedding, its head, nothing of ours but the attention
             stock = model.llm(input_ids=batch.input_ids[None], position_ids=batch.position_ids[None],
-                              attention_mask=NO_MASKS, use_cache=False, layout=batch.layout).logits[0]   # (T, V)
+                              attention_mask=NO_MASK, use_cache=False, layout=batch.layout).logits[0]   # (T, V)
             hidden = model.hidden(batch)                                                        # (T, D)
             if model.typed_head:
                 ours = model.range_logits(model.space.by_name['text'], hidden)                  # (T, V)
@@ -450,7 +466,8 @@ def load_new_rows(model, folder):
 
 @torch.no_grad()
 def stock_model(model, pad_token_id=None):
-    """A stock Qwen3ForCausalLM with these logits over every id: embedding and head hold the new rows, and are not tied.
+    """A stock model of transformers with these logits over every id: its embedding and its head hold the new rows, and
+    are not tied.
 
     Generation is greedy unless asked otherwise, and ends where a text or a payload ends.
     """
@@ -459,14 +476,15 @@ def stock_model(model, pad_token_id=None):
     config = copy.deepcopy(llm.config)
     config.vocab_size = space.total
     config.tie_word_embeddings = False
-    config._attn_implementation = 'sdpa'               # 'unpadded' is ours alone
+    config._attn_implementation = None                 # 'unpadded' is ours alone
 
     def with_new_rows(base, rows):
         return torch.cat([base, rows.to(base.dtype)])                                           # (V + new, D)
 
     weights = llm.state_dict()                         # a new dict of the same tensors
-    weights['model.embed_tokens.weight'] = with_new_rows(llm.get_input_embeddings().weight, model.new_in)
-    weights['lm_head.weight'] = with_new_rows(llm.get_output_embeddings().weight, model.new_out)
+    name_of = {module: name for name, module in llm.named_modules()}
+    for layer, rows in (llm.get_input_embeddings(), model.new_in), (llm.get_output_embeddings(), model.new_out):
+        weights[f'{name_of[layer]}.weight'] = with_new_rows(layer.weight, rows)
     with torch.device('meta'):                         # no memory: the weights are there already
         stock = AutoModelForCausalLM.from_config(config, dtype=llm.dtype, trust_remote_code=False)
     stock.load_state_dict(weights, assign=True)        # refuses a missing or an unknown weight
@@ -515,7 +533,7 @@ def export_difference(model, folder, examples):
     differences = []
     for example in examples:
         ids = torch.from_numpy(example.ids).long().to(llm.device)[None]                         # (1, T)
-        hidden = llm.model(inputs_embeds=model.embed(ids), use_cache=False).last_hidden_state   # (1, T, D)
+        hidden = llm.base_model(inputs_embeds=model.embed(ids), use_cache=False).last_hidden_state   # (1, T, D)
         ours = model.all_logits(hidden)                                                         # (1, T, V + new)
         differences.append((ours - stock(ids, use_cache=False).logits).abs().max().item())
     llm.set_attn_implementation('unpadded')

@@ -26,7 +26,8 @@ from examples import prepare
 from grounding import distinct, matching_sets, share_removed
 from inference import ablation_means, caption_keys, crossed_losses, image_ablation, write_predictions
 from media import BadSamples, contact_sheet, read_image
-from model import cache_features, checkpoint_layers, image_settings, load_tokenizer, load_vlm
+from decoders import checkpoint_layers, load_tokenizer
+from model import cache_features, image_settings, load_vlm
 from training import (
     Log, Meter, StopSignal, check_resumable, check_same_data, clip_gradients, frozen_sha256, grad_norms,
     measure_epoch, names_with_gradient, open_run, parameter_groups, require_positive, require_share,

@@ -34,7 +34,8 @@ from grounding import distinct, matching_sets, share_removed, shared_phrases
 from inference import ablation_means, caption_keys, crossed_losses, image_ablation, write_predictions
 from lists import read_text_lines
 from media import BadSamples, contact_sheet, read_image
-from model import cache_features, checkpoint_layers, image_settings, load_tokenizer, load_vlm, lora
+from decoders import checkpoint_layers, load_tokenizer, lora
+from model import cache_features, image_settings, load_vlm
 from training import (
     Log, Meter, StopSignal, check_resumable, check_same_data, clip_gradients, frozen_sha256, grad_norms,
     measure_epoch, names_with_gradient, open_run, parameter_groups, require_positive, require_share,

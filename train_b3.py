@@ -23,7 +23,7 @@ from common import (
 from configure import configure
 from data import Loader, files_fingerprint
 from grounding import crossed_share, distinct, matching_sets, retrieval
-from model import checkpoint_layers, load_tokenizer
+from decoders import checkpoint_layers, load_tokenizer
 from shards import (
     MixtureSampler, label_counts, load_space, passes_line, require_enough, shards_fingerprint, task_shares,
     text_examples, token_sets)

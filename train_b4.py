@@ -27,7 +27,7 @@ from common import (
 from configure import configure
 from data import Loader, files_fingerprint, plain_texts
 from grounding import crossed_share, distinct, matching_sets, retrieval, shared_phrases
-from model import checkpoint_layers, load_tokenizer, lora
+from decoders import checkpoint_layers, load_tokenizer, lora
 from shards import (
     MixtureSampler, label_counts, load_space, passes_line, require_enough, shards_fingerprint, task_shares,
     text_examples, token_sets, with_prompt)

@@ -388,7 +388,7 @@ def require_codec(modality, codec, described):
 
 def load_base(llm):
     """(base, as TokenSpace takes it; tokenizer) of a base model. No weight of it is read."""
-    from model import load_config, load_tokenizer      # here: token spaces are needed where transformers is not
+    from decoders import load_config, load_tokenizer  # here: token spaces are needed where transformers is not
     tokenizer = load_tokenizer(llm)
     config = load_config(llm)
     end = tokenizer.convert_tokens_to_ids('<|im_end|>')

@@ -16,7 +16,8 @@ from common import Progress, frozen_dtype
 from data import Example, collate
 from examples import NO_IMAGES
 from lists import Item, read_texts
-from model import VLM, save_pretrained
+from decoders import save_pretrained
+from model import VLM
 from small import corpus
 from small.world import (
     BACKGROUNDS, COLOURS, PATCH, PIXELS, PLACES, SHAPES, SIZES, choose, draw, part_seed, random_scene)

@@ -1,6 +1,6 @@
 """One step of every training script in bfloat16 on a GPU is that of float32 on a CPU, to two percent, and attention
 without pads that with them; skipped without a GPU. `python -m pytest -m cuda` on a machine that has one."""
-import model
+import decoders
 import pytest
 import torch
 import training
@@ -42,13 +42,13 @@ def test_attention_without_pads_is_that_with_them(lengths, monkeypatch):
 
     def outputs_and_gradients():
         leaves = [x.bfloat16().requires_grad_() for x in inputs]
-        attended, _ = model.unpadded_attention(None, *leaves, None, scaling=0.2, layout=layout)
+        attended, _ = decoders.unpadded_attention(None, *leaves, None, scaling=0.2, layout=layout)
         (attended.float() * weights).sum().backward()
         return [attended, *(leaf.grad for leaf in leaves)]
 
-    assert model.has_varlen(torch.zeros(1, dtype=torch.bfloat16, device='cuda'))
+    assert decoders.has_varlen(torch.zeros(1, dtype=torch.bfloat16, device='cuda'))
     without_pads = outputs_and_gradients()
     monkeypatch.setattr(model, 'varlen_attn', None)
-    assert not model.has_varlen(torch.zeros(1, dtype=torch.bfloat16, device='cuda'))
+    assert not decoders.has_varlen(torch.zeros(1, dtype=torch.bfloat16, device='cuda'))
     for found, wanted in zip(without_pads, outputs_and_gradients()):
         torch.testing.assert_close(found.float(), wanted.float(), rtol=2e-2, atol=2e-2)

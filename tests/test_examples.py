@@ -218,7 +218,7 @@ def test_a_folder_that_leads_out_is_refused_and_the_root_is_looked_up_once(tmp_p
 def prepare_tiny(tiny, out):
     """A rank's part: prepares captions, and writes what it got."""
     from common import init_ranks, shutdown_ranks
-    from model import load_tokenizer
+    from decoders import load_tokenizer
     rank, _, _ = init_ranks('cpu')
     template = ChatTemplate(load_tokenizer(str(tiny / 'llm')), 4, 128)
     bad_samples = BadSamples(out / f'bad_{rank}.jsonl', 1)

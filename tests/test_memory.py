@@ -21,7 +21,8 @@ from configure import configure
 from data import Example, collate
 from examples import NO_IMAGES
 from lists import Item
-from model import VLM, Connector, Tower, checkpoint_layers, lora
+from decoders import checkpoint_layers, lora
+from model import VLM, Connector, Tower
 from token_model import TokenModel
 from tools.memory import LORA_TARGETS, PLAN, Step, Trained, memory_needed, table
 from uti import TokenSpace
@@ -114,10 +115,10 @@ def track_b(half, full_tune=False, has_lora=False):
 @pytest.fixture
 def fused_attention(monkeypatch):
     """As it is on a GPU: in bf16 a CPU goes by the definition, which keeps every score."""
-    def fused(q, k, v, scaling=None, dropout=0.0):
+    def fused(q, k, v, scaling=None, dropout=0.0, softcap=None, mask=None):
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, dropout_p=dropout,
                                               enable_gqa=True)
-    monkeypatch.setattr('model.short_attention', fused)
+    monkeypatch.setattr('decoders.short_attention', fused)
 
 
 def kept(model, batch):

@@ -29,11 +29,10 @@ from common import init_ranks, shutdown_ranks, write_sealed
 from data import ChatTemplate, Loader, collate, image_reader, padded_layout
 from lists import Item, read_llava
 from media import BadSample, BadSamples, read_image
-from inference import (
-    VisionChat, ablation_means, complete_examples, crossed_losses, generate, image_ablation, pick, token_moments)
-from model import (
-    VLM, Connector, Tower, cache_features, image_settings, label_losses, load_llm, load_tokenizer, load_tower, load_vlm,
-    short_attention)
+from inference import VisionChat, ablation_means, complete_examples, crossed_losses, image_ablation, token_moments
+from decoders import (
+    generate, hidden_states, label_losses, load_llm, load_tokenizer, lora, pick, short_attention)
+from model import VLM, Connector, Tower, cache_features, image_settings, load_tower, load_vlm
 
 SHAPE = {'num_image_tokens': 4, 'width': 16, 'depth': 2, 'heads': 2, 'vision_ln': True}
 READ = partial(read_image, size=32, resample=3)
@@ -235,7 +234,7 @@ def test_a_model_that_is_not_whole_is_refused_with_one_line(tiny, tmp_path, kind
     assert_one_line(e.value, folder, message)
 
 
-@pytest.mark.parametrize('kind, other', [('llm', 'llama'), ('llm', 'zzz'), ('vision', 'siglip2')])
+@pytest.mark.parametrize('kind, other', [('llm', 'vit'), ('llm', 'zzz'), ('vision', 'siglip2')])
 def test_a_model_of_another_type_is_refused_with_one_line(tiny, tmp_path, kind, other):
     shutil.copytree(tiny / kind, tmp_path / kind)
     change_json(tmp_path / kind / 'config.json', model_type=other)
@@ -406,13 +405,13 @@ def test_in_bf16_on_cuda_an_unpadded_batch_is_near_float32_on_a_cpu(world):
         want = world.vlm.nll(batch)
         images = world.vlm.image_tokens(batch.images)
         embeds = world.vlm.embed(batch.input_ids, batch.image_positions, images)
-        want_hidden = model.hidden_states(world.vlm.llm, embeds, batch)
+        want_hidden = hidden_states(world.vlm.llm, embeds, batch)
     on_gpu = batch.to('cuda')
     losses = vlm.nll(on_gpu)
     losses.sum().backward()
     assert {p.grad.dtype for p in vlm.connector.parameters()} == {torch.float32}
     with torch.no_grad(), vlm.precision():
-        hidden = model.hidden_states(vlm.llm, embeds.cuda().bfloat16(), on_gpu).float().cpu()
+        hidden = hidden_states(vlm.llm, embeds.cuda().bfloat16(), on_gpu).float().cpu()
     assert torch.allclose(losses.detach().cpu(), want, rtol=0.1)   # 0.04 in bf16 on a CPU
     assert abs(losses.mean().item() / want.mean().item() - 1) < 0.01
     assert (hidden - want_hidden).norm() < 0.05 * want_hidden.norm()   # 0.024
@@ -489,7 +488,7 @@ def test_image_tokens_start_at_the_size_of_the_llms_embeddings(tiny, world):
 def test_lora_by_full_path_touches_no_tower_module_and_a_bad_target_is_one_line(world):
     vlm = copy.deepcopy(world.vlm)
     assert any('q_proj' in name for name, _ in vlm.tower.named_parameters())   # its last name would find these too
-    model.lora(vlm.llm, r=4, alpha=8, dropout=0.0, targets=r'model\.layers\.\d+\.(self_attn\.q|mlp\.down)_proj')
+    lora(vlm.llm, r=4, alpha=8, dropout=0.0, targets=r'model\.layers\.\d+\.(self_attn\.q|mlp\.down)_proj')
     adapted = {name for name, m in vlm.named_modules() if hasattr(m, 'lora_A')}
     assert adapted == {'llm.model.layers.0.self_attn.q_proj', 'llm.model.layers.0.mlp.down_proj',
                        'llm.model.layers.1.self_attn.q_proj', 'llm.model.layers.1.mlp.down_proj'}
@@ -497,14 +496,14 @@ def test_lora_by_full_path_touches_no_tower_module_and_a_bad_target_is_one_line(
     reached = {name for name in names_with_gradient(vlm) if not name.startswith('connector.')}
     assert reached == {f'{name}.lora_B.default.weight' for name in adapted}    # B starts as zeros: A has none yet
     with pytest.raises(SystemExit) as e:
-        model.lora(copy.deepcopy(world.vlm.llm), r=4, alpha=8, dropout=0.0, targets='nowhere')
+        lora(copy.deepcopy(world.vlm.llm), r=4, alpha=8, dropout=0.0, targets='nowhere')
     assert_one_line(e.value, "lora_targets = 'nowhere': ")
 
 
 def test_lora_beside_half_weights_is_multiplied_in_half_and_gives_what_peft_gives(world):
     vlm = copy.deepcopy(world.vlm)
     vlm.llm.bfloat16()
-    model.lora(vlm.llm, r=4, alpha=8, dropout=0.0, targets=r'model\.layers\.\d+\.mlp\.down_proj')
+    lora(vlm.llm, r=4, alpha=8, dropout=0.0, targets=r'model\.layers\.\d+\.mlp\.down_proj')
     peft = copy.deepcopy(vlm)
     for module in peft.llm.modules():
         if hasattr(module, 'cast_input_dtype_enabled'):

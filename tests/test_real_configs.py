@@ -9,7 +9,8 @@ from transformers import Qwen3Config, Qwen3ForCausalLM, SiglipVisionConfig, Sigl
 from configure import configure
 from data import Example, collate
 from lists import Item
-from model import VLM, Connector, Tower, lora
+from decoders import lora
+from model import VLM, Connector, Tower
 from shards import Record, token_example
 from token_model import TokenModel
 from tools.memory import KNOWN

@@ -23,7 +23,7 @@ from data import Example, collate
 from examples import NO_IMAGES
 from gates import curves
 from media import contact_sheet, write_picture, write_sound
-from model import load_llm, save_pretrained
+from decoders import load_llm, save_pretrained
 from shards import Record, prompt_of, token_example, with_prompt
 from token_model import (
     TokenModel, complete_task, crossed_losses, derangement, example_sums, export_difference, export_stock,

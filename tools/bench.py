@@ -34,7 +34,8 @@ from common import in_parts
 from data import Example, collate
 from lists import Item, read_llava
 from media import BadSamples, read_audio, read_image
-from model import NO_MASKS, VLM, Connector
+from decoders import NO_MASK
+from model import VLM, Connector
 from shards import Record, read_manifest, token_example
 from token_model import TokenModel
 from uti import UTI, Grammar, TokenSpace
@@ -154,7 +155,7 @@ def qwen3(tied):
 
 def everywhere(llm, batch, **inputs):
     """The loss by every position's logits, all but the labels masked out: what `labels=` does in most code."""
-    logits = llm(position_ids=batch.position_ids[None], attention_mask=NO_MASKS, use_cache=False,
+    logits = llm(position_ids=batch.position_ids[None], attention_mask=NO_MASK, use_cache=False,
                  layout=batch.layout, **inputs).logits[0]                                       # (T, V)
     targets = torch.full_like(batch.input_ids, -100).index_copy(0, batch.logit_positions, batch.labels)
     return F.cross_entropy(logits.float(), targets, reduction='sum')

@@ -27,7 +27,7 @@ from common import first_line, has_checkpoint
 from configure import configure
 from data import ChatTemplate
 from gates import require_passed
-from model import load_tokenizer
+from decoders import load_tokenizer
 from small import make
 from tools.check_data import (
     FROM, N_SAMPLED, REPO, Stage, check_files, check_held_out, check_lists, check_shards, check_texts, local_folder,

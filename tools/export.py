@@ -19,7 +19,8 @@ from safetensors.torch import load_file, save_file
 from common import frozen_dtype, sha256_file, sha256_tensors, whole_folder, write_atomic
 from gates import read_verdict
 from inference import VisionChat
-from model import load_tokenizer, load_vlm
+from decoders import load_tokenizer
+from model import load_vlm
 from token_model import export_stock
 from uti import base_name, tokenizer_sha256
 

@@ -17,7 +17,8 @@ from torch import nn
 from transformers import Qwen3Config, Qwen3ForCausalLM, SiglipVisionConfig, SiglipVisionModel
 
 from configure import configure
-from model import Connector, Tower, load_config
+from decoders import load_config
+from model import Connector, Tower
 
 KNOWN = {                                              # as published; the text rows are 151,936 in both
     'Qwen/Qwen3-8B': {

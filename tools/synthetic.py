@@ -24,7 +24,7 @@ from common import barrier, init_ranks, progress, shutdown_ranks
 from data import ChatTemplate, ShuffledSampler, choose_split, load_split
 from examples import prepare
 from media import BadSamples, read_image
-from model import load_tokenizer
+from decoders import load_tokenizer
 
 WORDS = (
     'a the of in on with and at to from two three red blue green white black old new small large man woman people '
