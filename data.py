@@ -1,5 +1,5 @@
 """
-Data: the chat template, examples, held-out sets, batches.
+Data: examples, held-out sets, batches.
 
 An item is a sample as a list names it; an example is an item as token ids with its labels. Which examples a step has is
 a function of (settings, step): there is no state to save, and any number of ranks sees the same ones.
@@ -7,7 +7,6 @@ a function of (settings, step): there is no state to save, and any number of ran
 Letters: B examples, T tokens of all examples together, L tokens of the longest, M labels, N image tokens, P patches.
 """
 import hashlib
-import inspect
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,155 +17,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import lists
-from common import canonical, in_parts, read_sealed, sha256_file, write_sealed
-from examples import HASH_DIGITS, NO_IMAGES, Chosen, Example, Examples, Pictures, image_sizes, in_hash_order, media_key
-from lists import Item, shown
+from common import in_parts, read_sealed, sha256_file, write_sealed
+from examples import HASH_DIGITS, Chosen, Examples, Pictures, image_sizes, in_hash_order, media_key
 from media import BadSample
 
 # -----------------------------------------------------------------------------
-# examples: ids and labels, assembled turn by turn
-
-
-class ChatTemplate:
-    """How a sample becomes ids. Markers are looked up once; text is encoded so that markers typed in it stay plain."""
-    def __init__(self, tokenizer, num_image_tokens, max_seq_len):
-        self.tokenizer = tokenizer
-        self.num_image_tokens = num_image_tokens
-        self.max_seq_len = max_seq_len
-        self.known = {}                                # {(text, whether markers in it are markers): its ids}
-        names = ('<|vision_start|>', '<|vision_end|>', '<|image_pad|>', '<|im_start|>', '<|im_end|>')
-        ids = dict(zip(names, tokenizer.convert_tokens_to_ids(names)))
-        for name, id in ids.items():
-            if id is None or id == tokenizer.unk_token_id:
-                raise SystemExit(f'the tokenizer has no {name}: wanted a Qwen3 tokenizer')
-        self.start = ids['<|im_start|>']
-        self.end = ids['<|im_end|>']
-        pads = [ids['<|image_pad|>']] * num_image_tokens
-        self.image_block = [ids['<|vision_start|>'], *pads, ids['<|vision_end|>']]
-        if max_seq_len < len(self.image_block) + 8:
-            raise SystemExit(f'max_seq_len = {max_seq_len} leaves no room for text after {num_image_tokens} image '
-                             'tokens')
-
-    def sha256(self):
-        """Over all that decides the ids of a sample: the tokenizer, the sizes, and the code that puts them together."""
-        decides = [self.tokenizer.backend_tokenizer.to_str(), self.num_image_tokens, self.max_seq_len,
-                   inspect.getsource(ChatTemplate), inspect.getsource(lists)]
-        return hashlib.sha256(canonical(decides).encode()).hexdigest()
-
-    def encode(self, text, markers=False):
-        """markers: whether '<|im_end|>' in it is the marker; else a user's '<|image_pad|>' becomes ordinary characters,
-        never an image."""
-        if (text, markers) in self.known:
-            return self.known[text, markers]
-        return self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=not markers)
-
-    def examples(self, kind, items):
-        """[Example] of Items by `kind`, 'caption' or 'chat', or of (where, text) pairs, 'text'. All their texts are
-        encoded in one call, each on its own: the ids are those that it has alone."""
-        is_text = kind == 'text'
-        texts = {'\n', 'user\n', 'assistant\n', 'system\n'}
-        for item in items:
-            texts.update([item[1]] if is_text else texts_of(item))
-        texts = sorted(texts)
-        encoded = self.tokenizer(texts, add_special_tokens=False, split_special_tokens=not is_text,
-                                 return_attention_mask=False)['input_ids']
-        self.known = {(text, is_text): ids for text, ids in zip(texts, encoded)}
-        if is_text:
-            made = [self.text(text, where) for where, text in items]
-        else:
-            made = [getattr(self, kind)(item) for item in items]
-        self.known = {}
-        return made
-
-    def example(self, item, ids, label_positions, image_starts):
-        """Cut to max_seq_len at the end, but never in an image block: what stands before the first one is cut then, and
-        what begins with another one goes as a whole, its image with it."""
-        n = self.max_seq_len
-        truncated = len(ids) > n
-        label_positions = np.array(label_positions, np.int32)
-        image_starts = np.array(image_starts, np.int32)
-        n_over = image_starts[:1] + self.num_image_tokens + 1 - n      # above 0, the first block does not fit
-        if (n_over > 0).any() and not (label_positions < image_starts[0]).any():
-            n_over = n_over.item()
-            ids = ids[:image_starts[0] - 1 - n_over] + ids[image_starts[0] - 1:]
-            image_starts -= n_over
-            label_positions -= n_over
-        fits = image_starts + self.num_image_tokens < n
-        if not fits.all():
-            n = image_starts[~fits][0] - 1             # before its <|vision_start|>
-            n_images = fits.sum()
-            item = replace(item, images=item.images[:n_images], image_places=item.image_places[:n_images])
-        return Example(item, np.array(ids[:n], np.int32), label_positions[label_positions < n], image_starts[fits],
-                       truncated)
-
-    def caption(self, item):
-        """image block, newline, caption, end token; labels: the caption and its end."""
-        caption = item.turns[-1][1]
-        ids = [*self.image_block, *self.encode('\n')]
-        first_label = len(ids)
-        ids += [*self.encode(caption), self.end]
-        return self.example(item, ids, range(first_label, len(ids)), image_starts=[1])
-
-    def chat(self, item):
-        """ChatML, each image block where it stands in the user turns; labels: answers and ends.
-
-        An answer that is None leaves its turn open: the prompt of a reply.
-        """
-        ids = []
-        label_positions = []
-        image_starts = []
-        newline = self.encode('\n')
-        if item.system:
-            ids += [self.start, *self.encode('system\n'), *self.encode(item.system), self.end, *newline]
-        for n, (_, answer) in enumerate(item.turns):
-            ids += [self.start, *self.encode('user\n')]
-            first, *rest = parts_of(item, n)
-            ids += self.encode(first)
-            is_at_start = not first
-            for k, part in enumerate(rest):
-                # a newline beside an image at an end of the question; an image inside it has what stands there
-                if not is_at_start and not any(rest[k:]):
-                    ids += newline
-                image_starts.append(len(ids) + 1)      # after <|vision_start|>
-                ids += self.image_block
-                if is_at_start:
-                    ids += newline
-                ids += self.encode(part)
-                is_at_start = is_at_start and not part
-            ids += [self.end, *newline]
-            ids += [self.start, *self.encode('assistant\n')]
-            if answer is None:
-                break
-            first_label = len(ids)
-            ids += [*self.encode(answer), self.end]    # the end token is learned too: it is what stops a reply
-            label_positions += range(first_label, len(ids))
-            ids += newline                             # between turns, no label
-        return self.example(item, ids, label_positions, image_starts)
-
-    def text(self, text, where):
-        """Plain text as it stands, markers in it included; every id after the first is a label, and one line ends the
-        run when there is none. where: its file and line, which are its id."""
-        item = Item(where, (), (('', text),))
-        ids = self.encode(text, markers=True)
-        if len(ids) < 2:
-            raise SystemExit(f'{where}: text is {shown(text)}, one token, which leaves nothing to predict; remove it')
-        return self.example(item, ids, range(1, len(ids)), image_starts=NO_IMAGES)
-
-
-def parts_of(item, turn):
-    """The question of a turn, cut where its images stand: one part more than it has images."""
-    question, _ = item.turns[turn]
-    cuts = [offset for n, offset in item.image_places if n == turn]
-    return [question[start:end] for start, end in zip([0, *cuts], [*cuts, len(question)])]
-
-
-def texts_of(item):
-    """Every text of an Item that a template may encode: questions are cut where their images stand."""
-    texts = [item.system]
-    for n, (_, answer) in enumerate(item.turns):
-        texts += [*parts_of(item, n), answer]
-    return texts
+# what examples say
 
 
 def plain_texts(examples):

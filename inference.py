@@ -12,7 +12,8 @@ import torch
 
 from common import (
     all_gather, all_sum, gather_in_order, in_parts, rank_parts, sha256_file, stoppable_parts, write_atomic)
-from data import ChatTemplate, answer_starts, collate, length_buckets
+from templates import ChatTemplate
+from data import answer_starts, collate, length_buckets
 from decoders import generate, load_tokenizer
 from grounding import Prediction, retrieval, share_removed
 from lists import Item

@@ -174,10 +174,11 @@ def grid_positions(side, width):
 class Connector(nn.Module):
     """Patch features (B, P, Dv) -> image tokens (B, N, D): a Perceiver resampler, then an MLP into the LLM's width.
 
-    embed_rms: of embedding_rms; image tokens start at that size.
+    embed_rms: of embedding_rms; image tokens start at that size. learned_edges: N + 2 embeddings, the first and the
+    last of them the same for every image: for a tokenizer without markers of an image.
     """
     def __init__(self, patch_width, side, llm_width, num_image_tokens=64, width=512, depth=2, heads=8, vision_ln=False,
-                 embed_rms=0.03):
+                 learned_edges=False, embed_rms=0.03):
         super().__init__()
         self.vision_ln = nn.LayerNorm(patch_width) if vision_ln else nn.Identity()
         self.enter = nn.Linear(patch_width, width)
@@ -191,13 +192,20 @@ class Connector(nn.Module):
         nn.init.normal_(self.projector[0].weight, std=width ** -0.5)
         nn.init.normal_(self.projector[2].weight, std=embed_rms * (0.425 * inner) ** -0.5)
         nn.init.zeros_(self.projector[2].bias)
+        self.edges = None
+        if learned_edges:
+            self.edges = nn.Parameter(torch.randn(2, llm_width) * embed_rms)                    # (2, D)
 
     def forward(self, patches):
         patches = self.enter(self.vision_ln(patches)) + self.positions                          # (B, P, Dr)
         latents = self.latents.expand(len(patches), -1, -1)                                     # (B, N, Dr)
         for block in self.blocks:
             latents = block(latents, patches)
-        return self.projector(self.norm(latents))                                               # (B, N, D)
+        tokens = self.projector(self.norm(latents))                                             # (B, N, D)
+        if self.edges is None:
+            return tokens
+        start, end = self.edges.expand(len(tokens), 1, -1, -1).to(tokens.dtype).unbind(2)       # (B, 1, D) each
+        return torch.cat([start, tokens, end], dim=1)                                           # (B, N + 2, D)
 
 
 # -----------------------------------------------------------------------------
@@ -267,7 +275,7 @@ class VLM(nn.Module):
 def load_vlm(llm, vision, shape, tower_layer=-1, dtype=torch.float32, device='cpu'):
     """A VLM with both base models frozen and a fresh connector in float32. Seed before calling.
 
-    shape: {'num_image_tokens', 'width', 'depth', 'heads', 'vision_ln'} of the Connector.
+    shape: {'num_image_tokens', 'width', 'depth', 'heads', 'vision_ln', 'learned_edges'} of the Connector.
     """
     llm = load_llm(llm, dtype, device)
     tower = load_tower(vision, tower_layer, dtype)

@@ -17,10 +17,11 @@ import safetensors.numpy
 from safetensors import safe_open
 
 from common import gather_in_order, rank_of, read_sealed, sha256_file, write_atomic, write_sealed
-from data import ChatTemplate, Example, shuffled_index
-from examples import NO_IMAGES
+from data import shuffled_index
+from examples import NO_IMAGES, Example
 from lists import json_lines, path_inside, read_list, read_records, read_text_lines, require_text
 from media import BadSample
+from templates import ChatTemplate
 from uti import TASKS, TokenSpace, tokenizer_sha256
 
 # -----------------------------------------------------------------------------

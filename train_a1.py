@@ -21,7 +21,8 @@ from common import (
     Progress, all_sum, barrier, frozen_dtype, init_ranks, load_checkpoint, on_rank_0, provenance, reduce_gradients,
     save_checkpoint, seed_everything, shutdown_ranks)
 from configure import configure
-from data import ChatTemplate, Loader, ShuffledSampler, choose_split, data_fingerprint, image_reader, load_split
+from templates import ChatTemplate
+from data import Loader, ShuffledSampler, choose_split, data_fingerprint, image_reader, load_split
 from examples import prepare
 from grounding import distinct, matching_sets, share_removed
 from inference import ablation_means, caption_keys, crossed_losses, image_ablation, write_predictions
@@ -136,6 +137,7 @@ connector_shape = {
     'depth': connector_depth,
     'heads': connector_heads,
     'vision_ln': vision_ln,
+    'learned_edges': template.learned_edges,
 }
 model_args = {'llm': llm, 'vision': vision, 'tower_layer': tower_layer, 'shape': connector_shape}
 model = load_vlm(**model_args, dtype=dtype, device=device)
@@ -151,7 +153,7 @@ cache = None
 if feature_cache:
     cache = cache_features(feature_cache, model.tower, examples.images(), read=read, device=device,
                            max_gb=feature_cache_gb, rank=rank, world_size=world_size)
-loader = Loader(image_reader(read, cache), num_image_tokens, bad_samples, workers)
+loader = Loader(image_reader(read, cache), template.image_length, bad_samples, workers)
 sampler = ShuffledSampler(train_set, global_batch_size, seed)
 if rank == 0:
     print(f'{len(train_set)} examples to train on, {len(eval_set)} of {n_eval} to evaluate, {len(golden_set)} of '

@@ -26,8 +26,9 @@ from common import (
     Progress, all_sum, barrier, frozen_dtype, init_ranks, load_checkpoint, on_rank_0, provenance, rank_parts,
     reduce_gradients, save_checkpoint, seed_everything, shutdown_ranks)
 from configure import configure
+from templates import ChatTemplate
 from data import (
-    ChatTemplate, Loader, ShuffledSampler, choose_split, data_fingerprint, files_fingerprint, image_reader, load_split,
+    Loader, ShuffledSampler, choose_split, data_fingerprint, files_fingerprint, image_reader, load_split,
     plain_texts)
 from examples import Chosen, prepare
 from grounding import distinct, matching_sets, share_removed, shared_phrases
@@ -131,6 +132,8 @@ model_args = align_meta['model']
 num_image_tokens = model_args['shape']['num_image_tokens']
 tokenizer = load_tokenizer(model_args['llm'])
 template = ChatTemplate(tokenizer, num_image_tokens, max_seq_len)
+if rank == 0 and template.difference():
+    print(f'{model_args["llm"]}: {template.difference()}')
 bad_samples = BadSamples(out / 'bad_samples.jsonl', max_bad_samples, active=rank == 0)
 examples = prepare('chat', data_json, template, bad_samples, rank=rank, image_root=image_root)
 preprocessing = image_settings(model_args['vision'])
@@ -166,7 +169,7 @@ cache = None
 if feature_cache:
     cache = cache_features(feature_cache, model.tower, examples.images(), read=read, device=device,
                            max_gb=feature_cache_gb, rank=rank, world_size=world_size)
-loader = Loader(image_reader(read, cache), num_image_tokens, bad_samples, workers)
+loader = Loader(image_reader(read, cache), template.image_length, bad_samples, workers)
 sampler = ShuffledSampler(train_set, global_batch_size, seed)
 if rank == 0:
     print(f'{len(train_set)} examples to train on, {len(eval_set)} of {n_eval} to evaluate, {len(golden_set)} of '

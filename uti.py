@@ -27,6 +27,7 @@ import torch
 
 from codec import load_audio_codec, load_image_codec, log_mel_distance, psnr, si_snr, ssim
 from common import canonical, init_ranks, lock_run, provenance, write_atomic
+from templates import marker_id, turn_format
 
 SPECIALS = ('<|img_start|>', '<|img_end|>', '<|aud_start|>', '<|aud_end|>')
 
@@ -391,9 +392,7 @@ def load_base(llm):
     from decoders import load_config, load_tokenizer  # here: token spaces are needed where transformers is not
     tokenizer = load_tokenizer(llm)
     config = load_config(llm)
-    end = tokenizer.convert_tokens_to_ids('<|im_end|>')
-    if end is None or end == tokenizer.unk_token_id:
-        raise SystemExit(f'{llm}: the tokenizer has no <|im_end|>: wanted a Qwen3 tokenizer')
+    end = marker_id(tokenizer, turn_format(tokenizer).end)
     text_rows = config.get_text_config().vocab_size
     if len(tokenizer) > text_rows:
         raise SystemExit(f'{llm}: the tokenizer has {len(tokenizer)} ids, the model {text_rows} rows')

@@ -13,8 +13,8 @@ from transformers import (
     Qwen2Tokenizer, Qwen3Config, Qwen3ForCausalLM, SiglipConfig, SiglipImageProcessorPil, SiglipModel)
 
 from common import Progress, frozen_dtype
-from data import Example, collate
-from examples import NO_IMAGES
+from data import collate
+from examples import NO_IMAGES, Example
 from lists import Item, read_texts
 from decoders import save_pretrained
 from model import VLM

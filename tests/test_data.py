@@ -1,6 +1,7 @@
 """data.py: readers, templates, splits, samplers and batches, against values worked out by hand."""
 import json
 import os
+import re
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -11,9 +12,11 @@ import torch
 from conftest import run_here
 
 import data
+from templates import ChatTemplate
 from data import (
-    ChatTemplate, Example, Loader, ShuffledSampler, attention_groups, choose_split, collate, image_reader, label_thirds,
+    Loader, ShuffledSampler, attention_groups, choose_split, collate, image_reader, label_thirds,
     length_buckets, load_split, padded_layout, shuffled_index)
+from examples import Example
 from lists import Item, read_llava, read_texts
 from media import BadSample, BadSamples
 
@@ -206,14 +209,18 @@ def test_a_text_on_the_command_line_that_is_not_utf8_is_one_line(flag):
 
 class Letters:
     """A tokenizer with one id a letter, so that positions can be counted by hand."""
-    unk_token_id = None
+    unk_token = unk_token_id = chat_template = None
     marks = {'<|vision_start|>': 1, '<|vision_end|>': 2, '<|image_pad|>': 3, '<|im_start|>': 4, '<|im_end|>': 5}
 
-    def convert_tokens_to_ids(self, names):
-        return [self.marks[name] for name in names]
+    def convert_tokens_to_ids(self, name):
+        return self.marks.get(name)
 
-    def encode(self, text, **named):
-        return [ord(letter) for letter in text]
+    def encode(self, text, split_special_tokens=False, **named):
+        ids = []
+        for word in re.split(r'(<\|\w+\|>)', text):
+            is_mark = word in self.marks and not split_special_tokens
+            ids += [self.marks[word]] if is_mark else map(ord, word)
+        return ids
 
 
 LETTERS = ChatTemplate(Letters(), 2, 64)

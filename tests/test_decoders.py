@@ -13,7 +13,7 @@ from tiny_worlds import tiny_space
 import decoders
 from data import collate, padded_layout
 from decoders import embedding_rms, hidden_states, label_losses, load_llm, load_tokenizer, lora, parity, text_logits
-from examples import Example
+from examples import NO_IMAGES, Example
 from token_model import TokenModel, export_difference, export_stock
 
 SIZES = {'vocab_size': 512, 'hidden_size': 32, 'intermediate_size': 64, 'num_hidden_layers': 2,
@@ -50,7 +50,7 @@ def make(folder, name, **values):
 def batch_of_two():
     rng = np.random.default_rng(0)
     ids = [rng.integers(3, 500, n).astype(np.int32) for n in (12, 7)]
-    return collate([Example(None, row, np.arange(1, len(row)), -1, False) for row in ids])
+    return collate([Example(None, row, np.arange(1, len(row)), NO_IMAGES, False) for row in ids])
 
 
 def mean_loss(llm, batch):
@@ -82,7 +82,7 @@ def test_a_decoder_gives_what_its_stock_model_does_and_lora_and_its_exports_work
 
     model = TokenModel(llm, tiny_space(load_tokenizer(tiny / 'llm')), noise=0.3)
     export_stock(model, load_tokenizer(tiny / 'llm'), tmp_path / 'stock')
-    example = Example(None, np.array([3, 9, 512, 530, 7], np.int32), np.arange(1, 5), -1, False)
+    example = Example(None, np.array([3, 9, 512, 530, 7], np.int32), np.arange(1, 5), NO_IMAGES, False)
     assert export_difference(model, tmp_path / 'stock', [example]) < 1e-4
 
     adapter, before, after = lora_learns(llm)

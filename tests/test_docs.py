@@ -134,6 +134,7 @@ GROUPS = (
     ('media', 'columns'),
     ('training', 'lists', 'codec'),
     ('examples',),
+    ('templates',),
     ('data', 'grounding'),
     ('decoders',),
     ('model',),

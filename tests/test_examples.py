@@ -14,7 +14,8 @@ from test_data import GPT, HUMAN, SYSTEM, ids, make_examples, record, split
 import data
 import examples as prepared
 from columns import sealed_columns
-from data import ChatTemplate, ShuffledSampler, choose_split, load_split
+from templates import ChatTemplate
+from data import ShuffledSampler, choose_split, load_split
 from examples import Chosen, Examples, prepare
 from lists import Root, json_values, read_llava, read_text_lines
 from media import BadSample, BadSamples

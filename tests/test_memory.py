@@ -18,8 +18,8 @@ from torch.utils._pytree import tree_leaves
 from transformers import Qwen3Config, Qwen3ForCausalLM, SiglipVisionConfig, SiglipVisionModel
 
 from configure import configure
-from data import Example, collate
-from examples import NO_IMAGES
+from data import collate
+from examples import NO_IMAGES, Example
 from lists import Item
 from decoders import checkpoint_layers, lora
 from model import VLM, Connector, Tower

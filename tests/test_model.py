@@ -26,7 +26,8 @@ import examples
 import model
 import uti
 from common import init_ranks, shutdown_ranks, write_sealed
-from data import ChatTemplate, Loader, collate, image_reader, padded_layout
+from templates import ChatTemplate
+from data import Loader, collate, image_reader, padded_layout
 from lists import Item, read_llava
 from media import BadSample, BadSamples, read_image
 from inference import VisionChat, ablation_means, complete_examples, crossed_losses, image_ablation, token_moments

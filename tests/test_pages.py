@@ -22,7 +22,9 @@ import lists
 import media
 import shards
 import training
+from examples import NO_IMAGES, Example
 from media import BadSamples
+from templates import ChatTemplate
 
 OWN = (REPO / 'docs' / 'your_own_data.md').read_text()
 
@@ -162,7 +164,7 @@ def read_sound(folder, wave, n_bytes=None):
 
 
 def split_too_few(folder):
-    examples = [data.Example(lists.Item('1', (), ()), np.arange(4), np.arange(2), data.NO_IMAGES, False)]
+    examples = [Example(lists.Item('1', (), ()), np.arange(4), np.arange(2), NO_IMAGES, False)]
     data.choose_split(examples, 8, 8, bucket_edges=(10, 20), path=folder / 'split.json', bad_samples=None, read=None)
     data.load_split(examples, folder / 'split.json', 8)
 
@@ -170,7 +172,7 @@ def split_too_few(folder):
 def read_text(folder, text):
     (folder / 'text.jsonl').write_text(json.dumps({'text': text}))
     [(where, text)] = lists.read_text_lines(folder / 'text.jsonl')
-    data.ChatTemplate(test_data.Letters(), 2, 64).text(text, where)
+    ChatTemplate(test_data.Letters(), 2, 64).text(text, where)
 
 
 def change_a_caption(folder):

@@ -7,7 +7,8 @@ from test_docs import settings_of
 from transformers import Qwen3Config, Qwen3ForCausalLM, SiglipVisionConfig, SiglipVisionModel
 
 from configure import configure
-from data import Example, collate
+from data import collate
+from examples import Example
 from lists import Item
 from decoders import lora
 from model import VLM, Connector, Tower

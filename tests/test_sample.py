@@ -15,7 +15,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, SiglipModel
 
 from common import sha256_file
-from data import ChatTemplate
+from templates import ChatTemplate
 from lists import Item
 from gates import conclude, exactly
 from tools.export import escaped, load_exported, write_card
@@ -158,7 +158,7 @@ def test_no_name_breaks_out_of_a_card(tmp_path, name, safe):
     model = {'llm': 'org/na_me', 'tower_layer': -1}
     meta = {'stage': 'a1', 'step': 1, 'n_steps': 1, 'model': model, 'frozen_sha256': ''}
     write_card('card_graft.md', tmp_path, tmp_path, meta, library='nanograft', name=name, llm=name, vision=name,
-               template='{image}', num_image_tokens=4, connector='1', frozen_dtype='float32')
+               template='{image}', image_markers=None, num_image_tokens=4, connector='1', frozen_dtype='float32')
     card = (tmp_path / 'README.md').read_text()
     assert f'| **FAIL** | {safe} | 1 | = 0 |\n' in card and f'| language model | {safe} |\n' in card
     assert f'# {safe}: FAILED 1 of 1 gates\n' in card and 'base_model: org/na_me\n' in card

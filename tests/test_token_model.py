@@ -19,8 +19,8 @@ from test_model import assert_one_line, change_json
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
 from common import whole_folder
-from data import Example, collate
-from examples import NO_IMAGES
+from data import collate
+from examples import NO_IMAGES, Example
 from gates import curves
 from media import contact_sheet, write_picture, write_sound
 from decoders import load_llm, save_pretrained

@@ -31,7 +31,8 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from configure import configure
 from common import in_parts
-from data import Example, collate
+from data import collate
+from examples import Example
 from lists import Item, read_llava
 from media import BadSamples, read_audio, read_image
 from decoders import NO_MASK

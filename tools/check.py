@@ -25,7 +25,7 @@ from transformers import Qwen3Config, SiglipVisionConfig
 
 from common import first_line, has_checkpoint
 from configure import configure
-from data import ChatTemplate
+from templates import ChatTemplate
 from gates import require_passed
 from decoders import load_tokenizer
 from small import make

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from common import frozen_dtype, sha256_file, sha256_tensors, whole_folder, write_atomic
 from gates import read_verdict
 from inference import VisionChat
+from templates import ChatTemplate
 from decoders import load_tokenizer
 from model import load_vlm
 from token_model import export_stock
@@ -28,11 +29,6 @@ from uti import base_name, tokenizer_sha256
 FILES = {
     'a1': ['connector.safetensors'],
     'a2': ['connector.safetensors', 'adapter_model.safetensors', 'adapter_config.json']}
-
-# an example of Track A as text; a test compares it with the trained ids
-TEMPLATES = {
-    'a1': '{image}\n{caption}<|im_end|>',
-    'a2': '<|im_start|>user\n{image}\n{question}<|im_end|>\n<|im_start|>assistant\n{answer}<|im_end|>\n'}
 
 # -----------------------------------------------------------------------------
 # the card
@@ -109,7 +105,9 @@ def export_graft(vlm, adapter, folder, run, meta):
     adapter: the peft model around vlm.llm, or None. meta: of the run's checkpoint.
     """
     model = meta['model']
-    template = TEMPLATES[meta['stage']]
+    n_image_tokens = model['shape']['num_image_tokens']
+    chat_template = ChatTemplate(load_tokenizer(model['llm']), n_image_tokens, meta['settings']['max_seq_len'])
+    template = chat_template.shown(meta['stage'])
     trained_in = require_frozen(frozen_parameters(vlm), meta['frozen_sha256'], run)
     with whole_folder(folder) as beside:               # becomes `folder` at the end of the block, or is gone
         if adapter is not None:
@@ -129,7 +127,8 @@ def export_graft(vlm, adapter, folder, run, meta):
         return write_card(
             'card_graft.md', beside, run, meta, library='nanograft', name=Path(folder).name,
             llm=base_name(model['llm']), vision=base_name(model['vision']), template=template,
-            num_image_tokens=model['shape']['num_image_tokens'], connector=f'{n_connector:,}', frozen_dtype=trained_in)
+            image_markers=chat_template.image_markers, num_image_tokens=n_image_tokens, connector=f'{n_connector:,}',
+            frozen_dtype=trained_in)
 
 
 def load_exported(folder, llm='', vision='', device='cpu', dtype='auto'):

@@ -21,7 +21,8 @@ from pathlib import Path
 import numpy as np
 
 from common import barrier, init_ranks, progress, shutdown_ranks
-from data import ChatTemplate, ShuffledSampler, choose_split, load_split
+from templates import ChatTemplate
+from data import ShuffledSampler, choose_split, load_split
 from examples import prepare
 from media import BadSamples, read_image
 from decoders import load_tokenizer
