@@ -13,6 +13,7 @@ $ python gates.py out/a1_small
 import io
 import json
 import math
+import re
 import runpy
 import sys
 from pathlib import Path
@@ -187,7 +188,7 @@ def label_gates(n, n_truncated, n_unlabelled, max_truncated):
 def lora_gate(names):
     """Of all parameters' names: LoRA is in the language model's layers and nowhere else, the tower for example."""
     # targets such as q_proj are names of the tower's modules too
-    outside = [name for name in names if 'lora_' in name and not name.startswith('llm.model.layers.')]
+    outside = [name for name in names if 'lora_' in name and not re.match(r'llm\.[\w.]+\.\d+\.', name)]
     return exactly("LoRA weights outside the language model's layers", len(outside), 0)
 
 

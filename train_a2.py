@@ -60,7 +60,7 @@ allow_failed_gates = False     # start from an A1 run whose gates failed
 lora_r = 16
 lora_alpha = 32
 lora_dropout = 0.05            # above 0 its masks depend on micro_batch_size and the number of ranks
-lora_targets = r'model\.layers\.\d+\.(self_attn\.(q|k|v|o)_proj|mlp\.(gate|up|down)_proj)'   # full paths
+lora_targets = ''              # a regular expression over full names; '' for every matrix in the decoder's layers
 # training
 max_seq_len = 2048             # longer examples are cut at the end and counted
 micro_batch_size = 16          # examples per rank and micro-batch: memory and speed only, but for the masks of dropout

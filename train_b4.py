@@ -61,7 +61,7 @@ full_tune = False              # True: no LoRA, the layers and the last norm lea
 lora_r = 16
 lora_alpha = 32
 lora_dropout = 0.05            # above 0 its masks depend on micro_batch_size and the number of ranks
-lora_targets = r'model\.layers\.\d+\.(self_attn\.(q|k|v|o)_proj|mlp\.(gate|up|down)_proj)'   # full paths
+lora_targets = ''              # a regular expression over full names; '' for every matrix in the decoder's layers
 # mixture of tasks
 task_weights = {'i2t': 1.0, 'a2t': 1.0, 't2i': 2.0, 't2a': 2.0}   # shares of the examples; an image weighs many labels
 task_weights_start = {}        # the shares go from these to task_weights, in a straight line; {} for no ramp ...

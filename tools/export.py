@@ -2,7 +2,7 @@
 Export a run: a folder that other programs load, with a card that says what it is and what its gates found.
 
 Track A  connector.safetensors, the LoRA adapter in PEFT's format, and config.json, which load_exported() reads
-Track B  a stock Qwen3 with the new rows and LoRA merged into it, and a tokenizer that spells every id
+Track B  a stock language model with the new rows and LoRA merged into it, and a tokenizer that spells every id
 
 `python sample.py RUN --export FOLDER` writes one. The cards are the templates card_*.md beside this file.
 """
@@ -174,7 +174,7 @@ def read_config(folder):
 
 
 def export_token_model(model, adapter, folder, run, meta):
-    """Write a Track B run as a stock Qwen3 of Hugging Face, everything merged; returns the verdict of its gates.
+    """Write a Track B run as a stock model of Hugging Face, everything merged; returns the verdict of its gates.
 
     model: a TokenModel on a base in its stored precision, which is used up: LoRA is merged into it, and tuned layers
     get the precision of the base. adapter: the peft model around model.llm, or None. meta: of the run's checkpoint.
@@ -195,7 +195,8 @@ def export_token_model(model, adapter, folder, run, meta):
         export_stock(model, tokenizer, beside)
         return write_card(
             'card_token_model.md', beside, run, meta, library='transformers', name=Path(folder).name, space=space,
-            modalities=modalities, lora=adapter is not None, typed_head=model.typed_head,
+            modalities=modalities, end_of_text=tokenizer.convert_ids_to_tokens(space.text_end),
+            lora=adapter is not None, typed_head=model.typed_head,
             guidance=usual_guidance(meta))
 
 

@@ -14,10 +14,11 @@ from dataclasses import dataclass, field
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers import Qwen3Config, Qwen3ForCausalLM, SiglipVisionConfig, SiglipVisionModel
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, Qwen3Config, SiglipVisionConfig, SiglipVisionModel)
 
 from configure import configure
-from decoders import load_config
+from decoders import layer_matrices, load_config
 from model import Connector, Tower
 
 KNOWN = {                                              # as published; the text rows are 151,936 in both
@@ -30,7 +31,6 @@ KNOWN = {                                              # as published; the text 
     'google/siglip2-so400m-patch14-384': {
         'hidden_size': 1152, 'intermediate_size': 4304, 'num_hidden_layers': 27, 'num_attention_heads': 16,
         'image_size': 384, 'patch_size': 14}}
-LORA_TARGETS = r'model\.layers\.\d+\.(self_attn\.(q|k|v|o)_proj|mlp\.(gate|up|down)_proj)'
 CHUNK = 2048                                           # labels whose logits exist at a time: label_losses in model.py
 FLOAT = 4                                              # bytes of a number in float32
 GIB = 2 ** 30
@@ -112,7 +112,7 @@ def memory_needed(stage, llm, tower, step, trained):
 def build(stage, llm, tower, trained):
     """{part: module} of a stage on the meta device; what learns has requires_grad."""
     with torch.device('meta'):
-        model = Qwen3ForCausalLM(llm).requires_grad_(False)
+        model = AutoModelForCausalLM.from_config(llm).requires_grad_(False)
         parts = {'llm': model}
         if stage in ('a1', 'a2'):
             parts['tower'] = Tower(SiglipVisionModel(tower))
@@ -121,10 +121,10 @@ def build(stage, llm, tower, trained):
             new_in, new_out = (nn.Parameter(torch.empty(trained.new_rows, llm.hidden_size)) for _ in range(2))
             parts['new_rows'] = nn.ParameterList([new_in, new_out])
         if has_lora(stage, trained):
-            get_peft_model(model, LoraConfig(r=trained.lora_r, target_modules=LORA_TARGETS))
+            get_peft_model(model, LoraConfig(r=trained.lora_r, target_modules=layer_matrices(model)))
         if trained.full_tune:
-            model.model.layers.requires_grad_(True)
-            model.model.norm.requires_grad_(True)
+            model.base_model.layers.requires_grad_(True)
+            model.base_model.norm.requires_grad_(True)
     return parts
 
 
@@ -136,9 +136,11 @@ def layer_bytes(stage, llm, step, trained, number):
     """Bytes that a layer of the language model keeps of one token."""
     width = llm.hidden_size
     inside = llm.intermediate_size                     # of the MLP
-    queries = llm.num_attention_heads * llm.head_dim
-    keys = llm.num_key_value_heads * llm.head_dim
-    layer = FLOAT * (2 * width + queries + keys)       # what is normed: twice the stream, queries, keys
+    head = getattr(llm, 'head_dim', None) or width // llm.num_attention_heads
+    queries = llm.num_attention_heads * head
+    keys = (getattr(llm, 'num_key_value_heads', None) or llm.num_attention_heads) * head
+    # what is normed: twice the stream; in Qwen3 queries and keys too, which other decoders have less
+    layer = FLOAT * (2 * width + queries + keys)
     layer += number * (2 * queries + 2 * keys)         # attention: queries, its output, keys, values
     layer += number * 3 * inside                       # MLP: gate, up, their product
     inputs = 5 * width + queries + inside              # of its seven matrices, each in a cast or a dropout of its own
@@ -218,14 +220,17 @@ PLAN = [                                               # GPU, stage, base, step,
 
 
 def known_config(name, cls):
-    """The config of a base model, by a name in KNOWN, a folder or a name on the hub."""
+    """The config of a base model, by a name in KNOWN, a folder or a name on the hub: of any language model for
+    Qwen3Config."""
     if name in KNOWN:
         return cls(**KNOWN[name])
     found = load_config(name)
     if cls is SiglipVisionConfig:
         found = getattr(found, 'vision_config', found)
-    if not isinstance(found, cls):
-        raise SystemExit(f'{name}: model_type is {found.model_type!r}, wanted that of a {cls.__name__}')
+    is_right = type(found) in MODEL_FOR_CAUSAL_LM_MAPPING if cls is Qwen3Config else isinstance(found, cls)
+    if not is_right:
+        wanted = 'a language model' if cls is Qwen3Config else f'a {cls.__name__}'
+        raise SystemExit(f'{name}: model_type is {found.model_type!r}, wanted that of {wanted}')
     return found
 
 
