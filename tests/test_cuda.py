@@ -48,7 +48,7 @@ def test_attention_without_pads_is_that_with_them(lengths, monkeypatch):
 
     assert decoders.has_varlen(torch.zeros(1, dtype=torch.bfloat16, device='cuda'))
     without_pads = outputs_and_gradients()
-    monkeypatch.setattr(model, 'varlen_attn', None)
+    monkeypatch.setattr(decoders, 'varlen_attn', None)
     assert not decoders.has_varlen(torch.zeros(1, dtype=torch.bfloat16, device='cuda'))
     for found, wanted in zip(without_pads, outputs_and_gradients()):
         torch.testing.assert_close(found.float(), wanted.float(), rtol=2e-2, atol=2e-2)
