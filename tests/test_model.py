@@ -23,6 +23,7 @@ from transformers import AutoTokenizer, Qwen3ForCausalLM, SiglipImageProcessorPi
 
 import codec
 import examples
+import decoders
 import model
 import uti
 from common import init_ranks, shutdown_ranks, write_sealed
@@ -329,8 +330,8 @@ def attention_of_boundaries(query, key, value, boundaries, same, longest, _, sca
 def test_where_attention_needs_no_pads_it_gets_none(world, monkeypatch):
     batch = world.loader.collate(world.mixed)
     want = world.vlm.nll(batch)
-    monkeypatch.setattr(model, 'varlen_attn', attention_of_boundaries)
-    monkeypatch.setattr(model, 'has_varlen', lambda value: True)
+    monkeypatch.setattr(decoders, 'varlen_attn', attention_of_boundaries)
+    monkeypatch.setattr(decoders, 'has_varlen', lambda value: True)
     assert torch.allclose(world.vlm.nll(batch), want, atol=1e-5, rtol=1e-5)
 
 
