@@ -38,9 +38,9 @@ from media import BadSamples, contact_sheet, read_image
 from decoders import checkpoint_layers, load_tokenizer, lora
 from model import cache_features, image_settings, load_vlm
 from training import (
-    Log, Meter, StopSignal, check_resumable, check_same_data, clip_gradients, frozen_sha256, grad_norms,
-    measure_epoch, names_with_gradient, open_run, parameter_groups, require_positive, require_share,
-    stop_if_eval_not_finite, stop_if_not_finite, tensorboard_writer, write_status)
+    Log, Meter, StopSignal, check_resumable, check_same_data, check_same_parts, clip_gradients, frozen_sha256,
+    grad_norms, measure_epoch, names_with_gradient, open_run, parameter_groups, require_not_negative,
+    require_positive, require_share, stop_if_eval_not_finite, stop_if_not_finite, tensorboard_writer, write_status)
 from watch import wait_at_most
 
 # -----------------------------------------------------------------------------
@@ -52,6 +52,7 @@ align_dir = ''                 # out dir of the A1 run to start from: its connec
 text_jsonl = ''                # held-out plain text, {"text": ...} a line: what must not get worse
 replay_jsonl = ''              # plain text to train on beside the chats: text ability must not decay; '' for none
 replay_share = 0.2             # of the examples, when there is a replay_jsonl
+init_from = ''                 # out dir of an A2 run to go on from with a new schedule: its connector and LoRA
 out_dir = 'out/a2'
 resume = False                 # go on from out_dir/ckpt; without it a folder with a checkpoint is refused
 max_bad_samples = 0            # more unusable samples than this end the run; up to it they go to bad_samples.jsonl
@@ -74,9 +75,11 @@ grad_clip = 1.0
 epochs = 1.0
 epoch_minutes = 60.0           # an epoch is as many samples as this time allows, measured on this machine ...
 epoch_samples = 0              # ... or exactly this many, when not 0
+n_steps = 0                    # when not 0, a run is exactly this many steps, whatever epochs say
 seed = 1
 # evaluation
 eval_every = 200               # steps; every evaluation saves a checkpoint
+eval_first = True              # False: none before the first step, where nothing has been learned
 n_eval = 512                   # held-out items, balanced over short, medium and long ones by their labels
 n_golden = 64                  # more held-out items, described or answered at every checkpoint
 n_predictions = 256            # eval items described or answered at the end
@@ -114,6 +117,7 @@ config = configure(globals(), required=('data_json', 'image_root', 'align_dir', 
 require_positive(config, 'max_seq_len', 'micro_batch_size', 'global_batch_size', 'learning_rate', 'grad_clip', 'epochs',
                  'epoch_minutes', 'eval_every', 'n_eval', 'n_golden', 'max_new_tokens', 'log_every', 'workers',
                  'n_text', 'n_retrieval', 'lora_r', 'lora_alpha', 'lora_learning_rate', 'timeout')
+require_not_negative(config, 'epoch_samples', 'n_steps')
 require_share(config, 'warmup_frac', 'min_lr_frac', 'gate_truncated', 'lora_dropout', 'replay_share')
 if replay_share == 1:
     raise SystemExit('replay_share = 1: wanted less, there have to be chats beside the replayed text')
@@ -194,6 +198,11 @@ if resume:
     epoch_samples = meta['epoch_samples']
     with_gradient = set(meta['with_gradient'])
     evaluated = meta['evaluated']
+elif init_from:
+    tensors, meta, used = load_checkpoint(Path(init_from) / 'ckpt', device)
+    check_same_parts(meta, 'a2', model_args, config, frozen_before, used)
+    model.connector.load_state_dict(tensors['connector'])
+    set_peft_model_state_dict(adapter, tensors['lora'])
 
 
 def forward_backward(batches):
@@ -272,12 +281,14 @@ def leave_evaluation():
     stop.leave(step, saved=step > first_step or resume)
 
 
-# schedule: how many samples an epoch of epoch_minutes holds, with its evaluations
+# schedule: n_steps, or how many samples an epoch of epoch_minutes holds, with its evaluations
+if n_steps:
+    epoch_samples = round(n_steps * global_batch_size / epochs)
 if not epoch_samples:
     first_steps = loader.steps(sampler, 0, 7, micro_batch_size, rank, world_size)
     epoch_samples = measure_epoch(first_steps, forward_backward, optimizer, epoch_minutes, global_batch_size,
                                   evaluate=first_evaluation, eval_every=eval_every)
-n_steps = max(1, round(epochs * epoch_samples / global_batch_size))
+n_steps = n_steps or max(1, round(epochs * epoch_samples / global_batch_size))
 if rank == 0:
     print(f'{n_steps} steps of {global_batch_size}; repeat exactly with --epoch_samples={epoch_samples}')
 
@@ -295,7 +306,8 @@ batches_of_steps = loader.steps(sampler, step, n_steps, micro_batch_size, rank, 
 while True:
     # evaluate, look at the golden items, save; the stop test below makes first and last evaluation ordinary ones
     stopped = bool(stop)
-    if step % eval_every == 0 or step == n_steps or stopped:
+    is_due = step % eval_every == 0 and (eval_first or step > 0)
+    if is_due or step == n_steps or stopped:
         meter.pause()
         if not stopped and not (evaluated and step < n_steps):   # a finished run is judged again, and logged once
             losses, counts, crossed, means = evaluate(len(matching) if step == n_steps else 1)

@@ -32,8 +32,8 @@ from token_model import (
     random_media, predictions_of, save_new_rows, shuffled_media, text_difference, training_bytes, write_completions)
 from training import (
     Log, Meter, StopSignal, check_resumable, check_same_data, clip_gradients, frozen_sha256, grad_norms,
-    measure_epoch, names_with_gradient, open_run, parameter_groups, require_positive, require_share,
-    stop_if_eval_not_finite, stop_if_not_finite, tensorboard_writer, write_status)
+    measure_epoch, names_with_gradient, open_run, parameter_groups, require_not_negative, require_positive,
+    require_share, stop_if_eval_not_finite, stop_if_not_finite, tensorboard_writer, write_status)
 from uti import TASKS, UTI, Grammar, TokenSpace
 from watch import wait_at_most
 
@@ -66,9 +66,11 @@ grad_clip = 1.0
 epochs = 1.0
 epoch_minutes = 60.0           # an epoch is as many samples as this time allows, measured on this machine ...
 epoch_samples = 0              # ... or exactly this many, when not 0
+n_steps = 0                    # when not 0, a run is exactly this many steps, whatever epochs say
 seed = 1
 # evaluation
 eval_every = 200               # steps; every evaluation saves a checkpoint
+eval_first = True              # False: none before the first step, where nothing has been learned
 n_eval = 512                   # held-out items of each task
 n_golden = 64                  # more of them, described, drawn and generated as audio at every checkpoint
 n_retrieval = 128              # eval items told apart by their loss at the end, 32 at a time; 32 at every checkpoint
@@ -103,6 +105,7 @@ config = configure(globals(), required=('shards_dir', 'llm', 'text_jsonl'))
 require_positive(config, 'max_seq_len', 'micro_batch_size', 'global_batch_size', 'learning_rate', 'grad_clip', 'epochs',
                  'epoch_minutes', 'eval_every', 'n_eval', 'n_golden', 'max_new_tokens', 'log_every', 'n_text',
                  'n_retrieval', 'timeout')
+require_not_negative(config, 'epoch_samples', 'n_steps')
 require_share(config, 'warmup_frac', 'min_lr_frac', 'gate_truncated')
 
 # ranks and the run's folder
@@ -288,12 +291,14 @@ def leave_evaluation():
     stop.leave(step, saved=step > first_step or resume)
 
 
-# schedule: how many samples an epoch of epoch_minutes holds, with its evaluations
+# schedule: n_steps, or how many samples an epoch of epoch_minutes holds, with its evaluations
+if n_steps:
+    epoch_samples = round(n_steps * global_batch_size / epochs)
 if not epoch_samples:
     first_steps = loader.steps(mixture(7), 0, 7, micro_batch_size, rank, world_size)
     epoch_samples = measure_epoch(first_steps, forward_backward, optimizer, epoch_minutes, global_batch_size,
                                   evaluate=first_evaluation, eval_every=eval_every)
-n_steps = max(1, round(epochs * epoch_samples / global_batch_size))
+n_steps = n_steps or max(1, round(epochs * epoch_samples / global_batch_size))
 sampler = mixture(n_steps)
 if rank == 0:
     print(f'an epoch goes through {passes_line(sampler, epochs)}')
@@ -313,7 +318,8 @@ batches_of_steps = loader.steps(sampler, step, n_steps, micro_batch_size, rank, 
 while True:
     # evaluate, look at the golden items, save; the stop test below makes first and last evaluation ordinary ones
     stopped = bool(stop)
-    if step % eval_every == 0 or step == n_steps or stopped:
+    is_due = step % eval_every == 0 and (eval_first or step > 0)
+    if is_due or step == n_steps or stopped:
         meter.pause()
         if not stopped and not (evaluated and step < n_steps):   # a finished run is judged again, and logged once
             losses, counts, crossed, means, rates = evaluate(at_end=step == n_steps)

@@ -85,7 +85,7 @@ class StopSignal:
 # what a resumed run may change: the machine it runs on, where its files are, and the bars of its gates
 FREE_ON_RESUME = {'resume', 'micro_batch_size', 'out_dir', 'device', 'feature_cache', 'workers', 'log_every',
                   'max_bad_samples', 'allow_failed_gates', 'epoch_samples', 'epoch_minutes', 'image_codec',
-                  'audio_codec', 'tensorboard', 'timeout', 'feature_cache_gb',
+                  'audio_codec', 'tensorboard', 'timeout', 'feature_cache_gb', 'eval_first', 'init_from',
                   'gradient_checkpointing'}
 
 
@@ -107,6 +107,22 @@ def check_same_data(meta, data, folder):
         if data.get(name) != had:
             raise SystemExit(f'{folder} was trained on other data: {name} was {had}, is {data.get(name, "gone")} now: '
                              'restore it, or train anew')
+
+
+def check_same_parts(meta, stage, model, settings, frozen_sha256, folder):
+    """A run starts from another one's weights only where they are of the same stage, shapes and frozen weights."""
+    had = {'stage': meta['stage'], 'tower_layer': meta['model']['tower_layer'], **meta['model']['shape']}
+    here = {'stage': stage, 'tower_layer': model['tower_layer'], **model['shape']}
+    for name in 'lora_r', 'lora_alpha', 'lora_targets':   # of A2
+        if name in settings:
+            had[name] = meta['settings'].get(name)
+            here[name] = settings[name]
+    for name, value in here.items():
+        if had.get(name, False) != value:              # False: older runs have no learned_edges
+            raise SystemExit(f'init_from: {folder} has {name} = {had.get(name)!r}, this run has {value!r}')
+    if meta['frozen_sha256'] != frozen_sha256:
+        raise SystemExit(f'init_from: {folder} was trained on other frozen weights (sha256 '
+                         f'{meta["frozen_sha256"][:12]}, this run has {frozen_sha256[:12]}), or in another dtype')
 
 
 # -----------------------------------------------------------------------------
@@ -235,6 +251,12 @@ def require_positive(config, *names):
     for name in names:
         if not config[name] > 0:                       # NaN too
             raise SystemExit(f'{name} = {config[name]}: wanted more than 0')
+
+
+def require_not_negative(config, *names):
+    for name in names:
+        if config[name] < 0:
+            raise SystemExit(f'{name} = {config[name]}: wanted 0 or more')
 
 
 def require_share(config, *names):

@@ -102,6 +102,21 @@ def test_a_finished_run_is_judged_again_and_not_overwritten(a1_config, a1_run, t
     assert (tmp_path / 'run' / 'log.jsonl').read_text() == (a1_run.out / 'log.jsonl').read_text()
 
 
+def test_a_new_run_goes_on_from_the_weights_of_another(a1_config, a1_run, tmp_path):
+    """Of the steps that it is asked for, without a first evaluation; and only where the weights fit."""
+    command = 'train_a1.py', a1_config, f'--init_from={a1_run.out}'
+    run_here(*command, f'--out_dir={tmp_path}/on', '--n_steps=2', '--eval_first=False', '--log_every=1',
+             '--learning_rate=1e-9', '--epochs=3')
+    [only] = read_log(tmp_path / 'on', 'eval')
+    assert only['step'] == 2
+    # at this rate it is the other run's model
+    assert only['correct'] == pytest.approx(read_log(a1_run.out, 'eval')[-1]['correct'], rel=1e-4)
+    code, _ = run_here(*command, f'--out_dir={tmp_path}/other', '--num_image_tokens=8')
+    assert 'init_from: ' in code and 'has num_image_tokens = 4, this run has 8' in code
+    code, _ = run_here(*command, f'--out_dir={tmp_path}/less', '--n_steps=-1')
+    assert code == 'n_steps = -1: wanted 0 or more'
+
+
 def test_micro_batch_size_is_only_memory_and_two_ranks_are_one_run(a1_config, a1_run, tmp_path):
     """Loss and gradient norm of every step agree to 1e-4 relative: sums in another order, nothing else."""
     code, _ = run_here('train_a1.py', a1_config, f'--out_dir={tmp_path}/micro', '--micro_batch_size=3')

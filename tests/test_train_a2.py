@@ -75,6 +75,16 @@ def test_an_aligned_run_that_failed_or_of_other_weights_is_refused(a2_config, a1
     assert 'was aligned to other weights' in code
 
 
+def test_a_new_run_goes_on_from_the_weights_of_another_a2_run_and_of_no_a1_run(a2_config, a1_run, a2_run, tmp_path):
+    run_here('train_a2.py', a2_config, f'--init_from={a2_run.out}', f'--out_dir={tmp_path}/on', '--n_steps=1',
+             '--eval_first=False', '--learning_rate=1e-9', '--lora_learning_rate=1e-9')
+    before, after = [read_log(out, 'eval')[-1] for out in (a2_run.out, tmp_path / 'on')]
+    assert after['text'] == pytest.approx(before['text'], rel=1e-4)    # LoRA's part in it
+    assert after['correct'] == pytest.approx(before['correct'], rel=1e-4)
+    code, _ = run_here('train_a2.py', a2_config, f'--init_from={a1_run.out}', f'--out_dir={tmp_path}/a1')
+    assert "has stage = 'a1', this run has 'a2'" in code
+
+
 def test_a_killed_run_with_dropout_goes_on_as_the_same_run_to_the_last_bit(a2_config, tmp_path):
     """Dropout is a function of the step, so no generator state is needed to repeat it."""
     command = 'train_a2.py', a2_config, '--lora_dropout=0.1'

@@ -268,9 +268,9 @@ def check_time(stage, ranks):
     n_micro = math.ceil(batch / settings['micro_batch_size'])
     if n_micro % ranks:
         stage.note(f'a step is {n_micro} x micro_batch_size on {ranks} GPUs: some of them wait')
-    n_steps = 0
-    if settings['epoch_samples']:
-        n_steps = max(1, round(settings['epochs'] * settings['epoch_samples'] / batch))
+    n_steps = settings['n_steps']
+    if n_steps or settings['epoch_samples']:
+        n_steps = n_steps or max(1, round(settings['epochs'] * settings['epoch_samples'] / batch))
         if settings['eval_every'] > n_steps:
             stage.note(f'eval_every = {settings["eval_every"]}: no checkpoint before the end, step {n_steps}')
         text = f'{n_steps} steps of {batch}'
