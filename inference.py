@@ -5,7 +5,6 @@ Letters: B examples, T tokens of one, N image tokens, M labels, D width of the l
 ablation.
 """
 import json
-from functools import partial
 
 import numpy as np
 import torch
@@ -17,8 +16,7 @@ from data import answer_starts, collate, length_buckets
 from decoders import generate, load_tokenizer
 from grounding import Prediction, retrieval, share_removed
 from lists import Item
-from media import read_image
-from model import image_settings
+from model import image_reading, image_settings
 
 # -----------------------------------------------------------------------------
 # the image ablation: what is the right image worth?
@@ -240,8 +238,7 @@ class VisionChat:
         self.vlm = vlm.eval()
         self.tokenizer = load_tokenizer(llm)
         self.template = ChatTemplate(self.tokenizer, len(vlm.connector.latents), max_seq_len)
-        settings = image_settings(vision)
-        self.read = partial(read_image, size=settings['size'], resample=settings['resample'])
+        self.read = image_reading(image_settings(vision))
 
     @torch.no_grad()
     def encode_image(self, file):

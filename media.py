@@ -109,8 +109,9 @@ def require_file(path, kind):
 # pictures
 
 
-def read_image(path, size, resample=3):
-    """Picture file -> uint8 (3, size, size), RGB, upright, resized as the tower's processor does.
+def read_image(path, size, resample=3, shortest=0):
+    """Picture file -> uint8 (3, size, size), RGB, upright, resized as the tower's processor does; with shortest, its
+    shorter side gets that many pixels, and the middle is cut out.
 
     EXIF rotation is applied; transparency is laid on white; palettes and deep gray are converted. The file is decoded
     to its end, so a truncated one is noticed. Raises BadSample with one line.
@@ -129,11 +130,21 @@ def read_image(path, size, resample=3):
                     image.verify()                     # the checksums, which decoding leaves out ...
             with Image.open(path, formats=IMAGE_FORMATS) as image:
                 image = upright_rgb(image)             # ... and the whole picture, which verify leaves out
-                if image.size != (size, size):
+                if shortest:
+                    image = middle_of(image, shortest, size=size, resample=resample)
+                elif image.size != (size, size):
                     image = image.resize((size, size), Image.Resampling(resample))
     except Exception as e:                             # decoders fail in as many ways as files are damaged
         raise BadSample(f'{path}: not a whole image ({first_line(e)})')
     return np.asarray(image).transpose(2, 0, 1).copy()                                          # (3, size, size)
+
+
+def middle_of(image, shortest, size, resample):
+    """A PIL picture with this shorter side, cut to (size, size)."""
+    scaled = tuple(int(shortest * side / min(image.size)) for side in image.size)
+    image = image.resize(scaled, Image.Resampling(resample))
+    left, top = [(side - size) // 2 for side in scaled]
+    return image.crop((left, top, left + size, top + size))
 
 
 # what PIL's exif_transpose does, which also writes the EXIF anew, and fails where it cannot

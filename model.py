@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from filelock import FileLock
 from torch import nn
-from transformers import SiglipVisionModel
+from transformers import CLIPVisionModel, Dinov2Model, SiglipVisionModel
 from transformers.utils import cached_file
 
 from common import (
@@ -28,19 +28,21 @@ from common import (
 from decoders import (
     embedding_rms, hidden_states, label_losses, load_config, load_llm, precision_of, pretrained, text_logits)
 from examples import picture_keys, remember_pictures
-from media import BadSample
+from media import BadSample, read_image
 
 # -----------------------------------------------------------------------------
 # the vision tower, which stays frozen
 
 
 class Tower(nn.Module):
-    """A frozen SigLIP or fixed-resolution SigLIP2 vision tower: uint8 pixels in, patch features out; no class token.
+    """A frozen SigLIP, fixed-resolution SigLIP2, CLIP or DINOv2 vision tower: uint8 pixels in, patch features out; no
+    class token.
 
-    layer: -1 is last_hidden_state, after the tower's final norm; -2 is the input of the last block, and so on down.
-    Blocks above the chosen layer and the pooling head are not kept.
+    layer: -1 is last_hidden_state, after the tower's final norm, which CLIP has none of; -2 is the input of the last
+    block, and so on down. Blocks above the chosen layer and the pooling head are not kept. image_size: in pixels, where
+    it is not the config's: DINOv2 takes any multiple of its patches.
     """
-    def __init__(self, model, layer=-1, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)):
+    def __init__(self, model, layer=-1, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), image_size=None):
         super().__init__()
         config = model.config
         depth = config.num_hidden_layers
@@ -48,11 +50,16 @@ class Tower(nn.Module):
             raise SystemExit(f'tower_layer = {layer}: this tower has {depth} layers, wanted -{depth} to -1')
         self.layer = layer
         self.width = config.hidden_size                # Dv
-        self.image_size = config.image_size            # pixels
-        self.side = config.image_size // config.patch_size   # patches; P = side ** 2
+        self.image_size = image_size or config.image_size   # pixels
+        self.side = self.image_size // config.patch_size   # patches; P = side ** 2
         self.embeddings = model.embeddings
-        self.blocks = model.encoder.layers[:depth + 1 + layer]
-        self.norm = model.post_layernorm if layer == -1 else nn.Identity()
+        self.norm_before = getattr(model, 'pre_layrnorm', nn.Identity())   # of CLIP, and its spelling
+        layers = model.encoder.layer if config.model_type == 'dinov2' else model.encoder.layers
+        self.blocks = layers[:depth + 1 + layer]
+        norms = {'siglip_vision_model': 'post_layernorm', 'dinov2': 'layernorm'}
+        has_norm = layer == -1 and config.model_type in norms
+        self.norm = getattr(model, norms[config.model_type]) if has_norm else nn.Identity()
+        self.n_before = 0 if config.model_type == 'siglip_vision_model' else 1   # the class token
         self.register_buffer('mean', torch.tensor(mean).view(3, 1, 1) * 255, persistent=False)
         self.register_buffer('std', torch.tensor(std).view(3, 1, 1) * 255, persistent=False)
         self.eval().requires_grad_(False)
@@ -61,22 +68,28 @@ class Tower(nn.Module):
     def forward(self, pixels):
         """uint8 (B, 3, H, W) -> (B, P, Dv)."""
         hidden = self.embeddings((pixels.float() - self.mean) / self.std)                       # (B, P, Dv)
+        hidden = self.norm_before(hidden)
         for block in self.blocks:
             hidden = block(hidden, attention_mask=None)
-        return self.norm(hidden)
+        return self.norm(hidden[:, self.n_before:])
 
 
 def image_settings(path):
-    """How the tower's processor prepares an image: {'size', 'resample', 'mean', 'std'}.
+    """How the tower's processor prepares an image: {'size', 'resample', 'mean', 'std'}, and 'shortest' where it cuts
+    out the middle.
 
     Exits with one line when the tower comes without a processor, or with one that does something else than read_image
     and Tower do.
     """
     config = load_config(path)
-    side = getattr(config, 'vision_config', config).image_size
+    config = getattr(config, 'vision_config', config)
+    side = config.image_size
     file, stored = read_processor(path)
-    size = stored.get('size', side)
-    sides = size.values() if isinstance(size, dict) else [size]        # {'height', 'width'} or {'shortest_edge'}
+    is_cropped = bool(stored.get('do_center_crop'))
+    size = stored.get('crop_size' if is_cropped else 'size', side)
+    sides = list(size.values()) if isinstance(size, dict) else [size]  # {'height', 'width'} or {'shortest_edge'}
+    if config.model_type == 'dinov2' and type(sides[0]) is int and sides[0] % config.patch_size == 0:
+        side = sides[0]                                # its positions are stretched to any size
     if any(n != side for n in sides):
         raise SystemExit(f'{file}: size is {size}, but the tower takes {side} x {side} pixels; restore its processor')
     if False in (stored.get('do_resize'), stored.get('do_rescale'), stored.get('do_normalize')):
@@ -87,7 +100,21 @@ def image_settings(path):
         numbers = values if isinstance(values, list) else [values]
         if len(numbers) != n or any(type(x) not in (int, float) for x in numbers):
             raise SystemExit(f'{file}: {name} is {values!r}, wanted {n} number(s); restore the processor')
-    return {'size': side, 'resample': stored['resample'], 'mean': stored['image_mean'], 'std': stored['image_std']}
+    settings = {'size': side, 'resample': stored['resample'], 'mean': stored['image_mean'], 'std': stored['image_std']}
+    if is_cropped:
+        shortest = stored.get('size')
+        shortest = shortest.get('shortest_edge') if isinstance(shortest, dict) else shortest
+        if type(shortest) is not int or shortest < side:
+            raise SystemExit(f'{file}: size is {stored.get("size")!r}, wanted a shortest_edge of at least {side} '
+                             'pixels, of which the middle is cut out')
+        settings['shortest'] = shortest
+    return settings
+
+
+def image_reading(settings):
+    """read_image as the settings of image_settings have it."""
+    named = {name: settings[name] for name in ('size', 'resample', 'shortest') if name in settings}
+    return partial(read_image, **named)
 
 
 def read_processor(path):
@@ -118,16 +145,20 @@ def read_processor(path):
     raise SystemExit(f'{path}: cannot read how its images are prepared ({"; ".join(reasons)}); wanted one of the two')
 
 
+TOWERS = {'siglip': SiglipVisionModel, 'clip': CLIPVisionModel, 'dinov2': Dinov2Model}
+
+
 def load_tower(path, layer=-1, dtype=torch.float32):
-    """The vision tower of a SigLIP checkpoint, whole (with its text tower) or vision only."""
+    """The vision tower of a SigLIP, CLIP or DINOv2 checkpoint, whole (with its text tower) or vision only."""
     config = load_config(path)
-    if config.model_type not in ('siglip', 'siglip_vision_model'):
-        raise SystemExit(f'{path}: model_type is {config.model_type!r}, wanted siglip '
+    kind = config.model_type.removesuffix('_vision_model')
+    if kind not in TOWERS:
+        raise SystemExit(f'{path}: model_type is {config.model_type!r}, wanted siglip, clip or dinov2 '
                          '(fixed resolution; NaFlex is not supported)')
-    model = pretrained(SiglipVisionModel, path, dtype, ignore=('text_model.', 'logit_'),
-                       config=getattr(config, 'vision_config', config))
+    model = pretrained(TOWERS[kind], path, dtype, config=getattr(config, 'vision_config', config),
+                       ignore=('text_model.', 'logit_', 'text_projection', 'visual_projection'))
     settings = image_settings(path)
-    return Tower(model, layer, mean=settings['mean'], std=settings['std'])
+    return Tower(model, layer, mean=settings['mean'], std=settings['std'], image_size=settings['size'])
 
 
 # -----------------------------------------------------------------------------

@@ -11,7 +11,6 @@ $ python train_a1.py configs/a1_small.py --resume=True
 """
 import math
 import sys
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -27,9 +26,9 @@ from data import Loader, ShuffledSampler, choose_split, data_fingerprint, image_
 from examples import prepare
 from grounding import distinct, matching_sets, share_removed
 from inference import ablation_means, caption_keys, crossed_losses, image_ablation, write_predictions
-from media import BadSamples, contact_sheet, read_image
+from media import BadSamples, contact_sheet
 from decoders import checkpoint_layers, load_tokenizer
-from model import cache_features, image_settings, load_vlm
+from model import cache_features, image_reading, image_settings, load_vlm
 from training import (
     Log, Meter, StopSignal, check_resumable, check_same_data, check_same_parts, clip_gradients, frozen_sha256,
     grad_norms, measure_epoch, names_with_gradient, open_run, parameter_groups, require_not_negative,
@@ -41,8 +40,8 @@ from watch import wait_at_most
 # inputs and outputs
 data_json = ''                 # LLaVA-Pretrain JSON: [{id, image, conversations}]
 image_root = ''                # image paths in it are relative to this folder and stay inside it
-llm = ''                       # Hugging Face folder or name of a Qwen3, kept frozen
-vision = ''                    # of a SigLIP or fixed-resolution SigLIP2, kept frozen
+llm = ''                       # Hugging Face folder or name of a decoder, kept frozen
+vision = ''                    # of a SigLIP, fixed-resolution SigLIP2, CLIP or DINOv2, kept frozen
 init_from = ''                 # out dir of an A1 run to go on from with a new schedule: its connector
 out_dir = 'out/a1'
 resume = False                 # go on from out_dir/ckpt; without it a folder with a checkpoint is refused
@@ -125,7 +124,7 @@ template = ChatTemplate(tokenizer, num_image_tokens, max_seq_len)
 bad_samples = BadSamples(out / 'bad_samples.jsonl', max_bad_samples, active=rank == 0)
 examples = prepare('caption', data_json, template, bad_samples, rank=rank, image_root=image_root)
 preprocessing = image_settings(vision)
-read = partial(read_image, size=preprocessing['size'], resample=preprocessing['resample'])
+read = image_reading(preprocessing)
 if rank == 0:
     choose_split(examples, n_eval, n_golden, bucket_edges, path=out / 'split.json', bad_samples=bad_samples,
                  read=read)

@@ -13,7 +13,6 @@ $ python train_a2.py configs/a2_small.py --resume=True
 """
 import math
 import sys
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -34,9 +33,9 @@ from examples import Chosen, prepare
 from grounding import distinct, matching_sets, share_removed, shared_phrases
 from inference import ablation_means, caption_keys, crossed_losses, image_ablation, write_predictions
 from lists import read_text_lines
-from media import BadSamples, contact_sheet, read_image
+from media import BadSamples, contact_sheet
 from decoders import checkpoint_layers, load_tokenizer, lora
-from model import cache_features, image_settings, load_vlm
+from model import cache_features, image_reading, image_settings, load_vlm
 from training import (
     Log, Meter, StopSignal, check_resumable, check_same_data, check_same_parts, clip_gradients, frozen_sha256,
     grad_norms, measure_epoch, names_with_gradient, open_run, parameter_groups, require_not_negative,
@@ -141,7 +140,7 @@ if rank == 0 and template.difference():
 bad_samples = BadSamples(out / 'bad_samples.jsonl', max_bad_samples, active=rank == 0)
 examples = prepare('chat', data_json, template, bad_samples, rank=rank, image_root=image_root)
 preprocessing = image_settings(model_args['vision'])
-read = partial(read_image, size=preprocessing['size'], resample=preprocessing['resample'])
+read = image_reading(preprocessing)
 if rank == 0:
     choose_split(examples, n_eval, n_golden, bucket_edges, path=out / 'split.json', bad_samples=bad_samples,
                  read=read)

@@ -41,7 +41,7 @@ from watch import wait_at_most
 # settings; override any with a config file or --key=value
 # inputs and outputs
 shards_dir = ''                # train, eval and golden items, with the token space that they were made for
-llm = ''                       # Hugging Face folder or name of the Qwen3 of that token space, kept frozen
+llm = ''                       # Hugging Face folder or name of the language model of that token space, kept frozen
 image_codec = ''               # the codecs the shards were made with, to decode what is generated; '' saves codes only
 image_prefix = ''              # where in a larger checkpoint the codec is
 audio_codec = ''

@@ -14,6 +14,7 @@ import huggingface_hub
 import numpy as np
 import pytest
 import torch
+import transformers
 import torch.nn.functional as F
 from conftest import on_two_ranks
 from PIL import Image
@@ -34,7 +35,7 @@ from media import BadSample, BadSamples, read_image
 from inference import VisionChat, ablation_means, complete_examples, crossed_losses, image_ablation, token_moments
 from decoders import (
     generate, hidden_states, label_losses, load_llm, load_tokenizer, lora, pick, short_attention)
-from model import VLM, Connector, Tower, cache_features, image_settings, load_tower, load_vlm
+from model import VLM, Connector, Tower, cache_features, image_reading, image_settings, load_tower, load_vlm
 
 SHAPE = {'num_image_tokens': 4, 'width': 16, 'depth': 2, 'heads': 2, 'vision_ln': True}
 READ = partial(read_image, size=32, resample=3)
@@ -111,6 +112,48 @@ def test_the_tower_gives_what_the_stock_processor_and_model_give(tiny, tmp_path)
     assert len(stock.hidden_states) == 3               # after the embeddings, after block 1, after block 2
     second_last = load_tower(tiny / 'vision', layer=-2)(ours)
     assert torch.allclose(second_last, stock.hidden_states[1], atol=1e-5)
+
+
+def make_clip(folder):
+    torch.manual_seed(0)
+    transformers.CLIPModel(transformers.CLIPConfig(
+        text_config={**SMALL_LAYERS, 'vocab_size': 64}, projection_dim=16,
+        vision_config={**SMALL_LAYERS, 'image_size': 32, 'patch_size': 8})).save_pretrained(folder)
+    transformers.CLIPImageProcessorPil(size={'shortest_edge': 37}, crop_size=32).save_pretrained(folder)
+    return transformers.CLIPVisionModel, transformers.CLIPImageProcessorPil
+
+
+def make_dinov2(folder):
+    torch.manual_seed(0)
+    transformers.Dinov2Model(transformers.Dinov2Config(
+        **SMALL_LAYERS, image_size=56, patch_size=8)).save_pretrained(folder)
+    transformers.BitImageProcessorPil(size={'shortest_edge': 37}, crop_size=32).save_pretrained(folder)
+    return transformers.Dinov2Model, transformers.BitImageProcessorPil
+
+
+SMALL_LAYERS = {'hidden_size': 32, 'intermediate_size': 64, 'num_attention_heads': 2, 'num_hidden_layers': 2}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('make', [make_clip, make_dinov2])
+@pytest.mark.parametrize('size', [(40, 56), (56, 41), (32, 32)])
+def test_towers_with_a_class_token_give_the_patches_of_the_middle_that_their_processor_cuts_out(tmp_path, make, size):
+    cls, processor_cls = make(tmp_path)
+    file = tmp_path / 'a.png'
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)).save(file)
+    with Image.open(file) as image:
+        pixels = processor_cls.from_pretrained(tmp_path)(image, return_tensors='pt')['pixel_values']
+    stock = cls.from_pretrained(tmp_path).eval()(pixels, output_hidden_states=True)
+    tower = load_tower(tmp_path)
+    ours = torch.from_numpy(image_reading(image_settings(tmp_path))(file))[None]
+    assert torch.allclose((ours - tower.mean) / tower.std, pixels, atol=1e-5)
+    assert tower.side == 4 and tower(ours).shape == (1, 16, 32)
+    assert torch.allclose(tower(ours), stock.last_hidden_state[:, 1:], atol=1e-5)
+    assert torch.allclose(load_tower(tmp_path, -2)(ours), stock.hidden_states[1][:, 1:], atol=1e-5)
+    change_json(tmp_path / 'preprocessor_config.json', size={'shortest_edge': 20})
+    with pytest.raises(SystemExit) as e:
+        load_tower(tmp_path)
+    assert_one_line(e.value, 'wanted a shortest_edge of at least 32 pixels')
 
 
 @pytest.mark.parametrize('layer', [-3, 0])
