@@ -35,6 +35,9 @@ REFUSED = {
     'Mamba': ({}, 'cannot be trained here')}
 
 
+decoders_short_attention = decoders.short_attention   # the check below changes it
+
+
 def make(folder, name, **values):
     """A random decoder of this class, its weights large enough that everything in it shows."""
     config = getattr(transformers, f'{name}Config')(**SIZES | values)
@@ -107,9 +110,11 @@ def test_a_decoder_that_would_come_out_otherwise_is_refused_with_one_line(tmp_pa
     ('Granite', 'final_logits', lambda llm, logits: logits),
     ('Cohere', 'final_logits', lambda llm, logits: logits),
     ('Mistral', 'window_mask', lambda value, window: torch.ones(2 * value.shape[2:3], dtype=torch.bool).tril()),
+    ('Gemma2', 'short_attention', lambda *args, softcap, **named: decoders_short_attention(*args, **named)),
     ('Qwen3', 'padded_layout', lambda lengths: padded_layout([sum(lengths)]))])
 def test_the_check_notices_what_was_silently_wrong(tmp_path, monkeypatch, name, part, wrong):
-    """Logits that are not scaled, a window that is not kept, examples that see each other."""
+    """Logits that are not scaled, a window that is not kept, scores that are not capped, examples that see each
+    other."""
     folder = make(tmp_path, name, **CLASSES[name])
     monkeypatch.setattr(decoders, part, wrong)
     with pytest.raises(SystemExit) as e:

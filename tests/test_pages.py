@@ -13,6 +13,7 @@ import pytest
 import soundfile
 import test_codec
 import test_data
+import test_decoders
 import torch
 from conftest import REPO, assert_close_run, read_log, run_here
 from PIL import Image
@@ -22,6 +23,7 @@ import lists
 import media
 import shards
 import training
+from decoders import load_llm
 from examples import NO_IMAGES, Example
 from media import BadSamples
 from templates import ChatTemplate
@@ -181,6 +183,11 @@ def change_a_caption(folder):
     test_data.split(test_data.changed(examples, 7, turns=(('', 'another'),)), folder)
 
 
+def load_doge(folder):
+    """Its attention adds a mask of its own to the scores."""
+    load_llm(test_decoders.make(folder, 'Doge', keep_window_size=2))
+
+
 QUESTION = {'from': 'human', 'value': 'What?'}
 SHOWN = {'from': 'human', 'value': '<image>\nWhat?'}
 ANSWER = {'from': 'gpt', 'value': 'red'}
@@ -202,6 +209,8 @@ PROVOKE = {
     'wanted some': lambda folder: read_line(folder, audio='a.wav', text=''),
     'which is not Unicode': lambda folder: read_text(folder, 'x \ud83d'),
     'one token': lambda folder: read_text(folder, 'a'),
+    'cannot be trained here': lambda folder: load_llm(test_decoders.make(folder, 'StableLm')),
+    'comes out otherwise here than in transformers': load_doge,
     'was chosen from other data': change_a_caption,
     'was trained on other data': lambda folder: training.check_same_data({'data': {'text_jsonl': 'a'}}, {}, folder)}
 FAILS = re.findall(r'^\| `(.+?)` \|', OWN[OWN.index('## What fails'):], re.MULTILINE)
