@@ -66,7 +66,7 @@ split_seed = 1
 shard_media = 512              # files in a shard, the unit of work: a kill loses at most one of them a rank
 max_seq_len = 1024             # an item whose longest document is longer is left out: nothing is cut later
 # gates
-n_checked = 64                 # files of each modality that are decoded, and encoded again one at a time
+n_checked = 64                 # files of each modality that are decoded, and encoded again beside other ones
 # machine
 device = 'auto'
 batch_size = 32                # files encoded at once: memory and speed only, the ids stay the same
@@ -451,17 +451,20 @@ barrier()
 # measure, through what the next stages read with; every rank its part
 
 
-def decodes(record):
-    """Whether its codes become a picture or a wave of the right size, all of it finite."""
-    if record.modality == 'image':
-        shape = (3, space.image['size'], space.image['size'])
-    else:
-        shape = (record.meta['n_samples'],)
+def decodes(records):
+    """Whether the codes of records of one modality become pictures or waves of the right size, all of it finite."""
     try:
-        decoded = DECODE[record.modality](record.payload[None], [record.meta])[0]
+        decoded = DECODE[records[0].modality](np.stack([record.payload for record in records]),
+                                              [record.meta for record in records])
     except SystemExit:                                 # an id out of range, another rate, NaN
         return False
-    return decoded.shape == shape and bool(np.isfinite(decoded).all())
+    for record, array in zip(records, decoded):
+        shape = (3, space.image['size'], space.image['size'])
+        if record.modality == 'audio':
+            shape = (record.meta['n_samples'],)
+        if array.shape != shape or not np.isfinite(array).all():
+            return False
+    return True
 
 
 index, _ = read_index(out, space)
@@ -486,13 +489,15 @@ count = Counter()
 for modality in ENCODE:
     of_one = records.of(modality)
     spread = np.linspace(0, len(of_one) - 1, min(n_checked, len(of_one))).round().astype(int)
-    for n in spread[rank::world_size]:
-        record = of_one[n]
-        original = read(file_of(record))
-        codes, _ = ENCODE[modality]([original])
-        count['checked'] += 1
-        count['mismatches'] += not np.array_equal(codes[0], record.payload)
-        count['wrong_decodes'] += not decodes(record)
+    spread = np.random.default_rng(0).permutation(spread)      # beside other files than they were encoded with
+    for part in in_parts(spread[rank::world_size], batch_size):
+        of_part = [of_one[n] for n in part]
+        codes, _ = ENCODE[modality]([read(file_of(record)) for record in of_part])
+        count['checked'] += len(of_part)
+        for record, again in zip(of_part, codes):
+            count['mismatches'] += not np.array_equal(again, record.payload)
+        if not decodes(of_part):                       # one by one: which of them
+            count['wrong_decodes'] += sum(not decodes([record]) for record in of_part)
 
 lengths = {}                                           # task: of its documents, on all ranks
 for task, (modality, _) in TASKS.items():

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer
-from transformers.cache_utils import DynamicCache
+from transformers.cache_utils import DynamicCache, DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from transformers.utils import logging
@@ -268,21 +268,58 @@ def text_logits(llm, hidden):
     return final_logits(llm, llm.get_output_embeddings()(hidden))
 
 
-def label_losses(hidden, head, labels, chunk=2048):
-    """Cross entropy of each label, (M,), in nats. hidden: (M, D), the states that predict them and no others.
+LOGITS_AT_ONCE = 2 ** 25                               # 128 MB in float32
 
-    Logits exist for `chunk` labels at a time; with more labels they are computed again in the backward pass.
+
+def label_losses(hidden, head, labels, n_ids, head_learns=True, at_once=LOGITS_AT_ONCE):
+    """Cross entropy of each label, (M,), in nats. hidden: (M, D), the states that predict them and no others; head:
+    (M, D) -> (M, n_ids), logits.
+
+    There are never more than about at_once logits, however many the labels. Under a head that does not learn a chunk's
+    gradient is made with its loss, and it alone is kept; else a chunk is computed again in the backward pass.
     """
-    def losses_of(hidden, labels):
-        logits = head(hidden).float()                  # bf16 has 8 bits: too few for a sum over V ids
-        return F.cross_entropy(logits, labels, reduction='none')
-
+    chunk = max(1, at_once // n_ids)                   # labels
     if len(labels) <= chunk:
-        return losses_of(hidden, labels)
+        return losses_of(hidden, head, labels)
+    if torch.is_grad_enabled() and not head_learns:
+        return ChunkedLosses.apply(hidden, head, labels, chunk)
     losses = []
     for hidden_chunk, label_chunk in zip(hidden.split(chunk), labels.split(chunk)):
-        losses.append(checkpoint(losses_of, hidden_chunk, label_chunk, use_reentrant=False))
+        losses.append(checkpoint(losses_of, hidden_chunk, head, label_chunk, use_reentrant=False))
     return torch.cat(losses)
+
+
+def text_losses(llm, hidden, labels):
+    """label_losses over the text rows, which never learn."""
+    n_rows = llm.get_output_embeddings().weight.shape[0]
+    return label_losses(hidden, partial(text_logits, llm), labels, n_rows, head_learns=False)
+
+
+def losses_of(hidden, head, labels):
+    logits = head(hidden).float()                      # bf16 has 8 bits: too few for a sum over V ids
+    return F.cross_entropy(logits, labels, reduction='none')
+
+
+class ChunkedLosses(torch.autograd.Function):
+    """losses_of, a chunk of labels at a time, under a head that does not learn."""
+    @staticmethod
+    def forward(ctx, hidden, head, labels, chunk):
+        losses = []
+        gradients = []
+        for hidden_chunk, label_chunk in zip(hidden.split(chunk), labels.split(chunk)):
+            with torch.enable_grad():
+                hidden_chunk = hidden_chunk.detach().requires_grad_()
+                of_chunk = losses_of(hidden_chunk, head, label_chunk)
+                # a label's loss depends on its own state only: the gradient of the sum has that of each
+                gradients += torch.autograd.grad(of_chunk.sum(), hidden_chunk)
+            losses.append(of_chunk.detach())
+        ctx.save_for_backward(torch.cat(gradients))
+        return torch.cat(losses)
+
+    @staticmethod
+    def backward(ctx, of_losses):
+        gradients, = ctx.saved_tensors                                                          # (M, D)
+        return (gradients * of_losses[:, None]).to(gradients.dtype), None, None, None
 
 
 def layer_matrices(llm):
@@ -328,22 +365,49 @@ def pick(logits, temperature, top_p, generators, top_k=0):
     """
     if temperature == 0:
         return logits.argmax(-1)
-    ordered, order = (logits.float() / temperature).sort(dim=-1, descending=True, stable=True)  # (B, V) each
+    logits = logits.float() / temperature
+    is_cut = bool(top_k) or top_p < 1
+    if is_cut:                                         # the likeliest first
+        logits, order = logits.sort(dim=-1, descending=True, stable=True)                       # (B, V) each
     if top_k:
-        ordered = ordered[:, :top_k]
-    probabilities = torch.softmax(ordered, dim=-1)
-    before = probabilities.cumsum(-1) - probabilities  # what the likelier ids have together
-    probabilities = probabilities.masked_fill(before >= top_p, 0)   # keeps the smallest set that reaches top_p
-    draws = []
-    for row, generator in zip(probabilities.cpu(), generators):
-        draws.append(torch.multinomial(row, 1, generator=generator))
-    drawn = torch.stack(draws).to(order.device)                                                 # (B, 1)
-    return order.gather(1, drawn)[:, 0]
+        logits = logits[:, :top_k]
+    probabilities = torch.softmax(logits, dim=-1)
+    if top_p < 1:
+        before = probabilities.cumsum(-1) - probabilities      # what the likelier ids have together
+        probabilities = probabilities.masked_fill(before >= top_p, 0)   # keeps the smallest set that reaches top_p
+    # one number for each: the first id up to which the probabilities add up to more than it; those of 0 add nothing
+    up_to = probabilities.double().cumsum(-1)                                                   # (B, V)
+    draws = [torch.rand(1, dtype=torch.float64, generator=generator) for generator in generators]
+    share = torch.stack(draws).to(up_to.device)                                                 # (B, 1)
+    drawn = torch.searchsorted(up_to, share * up_to[:, -1:], right=True)                        # (B, 1)
+    drawn = drawn.clamp(max=up_to.shape[1] - 1)        # rounded up, a share can be all of it
+    return (order.gather(1, drawn) if is_cut else drawn)[:, 0]
 
 
 def seeded_generators(seeds, n):
     """n torch generators; with seeds = None those of seeds 0, 1, ..."""
     return [torch.Generator().manual_seed(seed) for seed in (range(n) if seeds is None else seeds)]
+
+
+class GrowingLayer(DynamicLayer):
+    """A layer's keys and values, (B, heads, tokens, .), with room for more: a new token is written behind the others,
+    and they are copied once in ROOM tokens, not for each."""
+    ROOM = 64
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            self.rooms = [states[:, :, :0] for states in (key_states, value_states)]
+        first = self.get_seq_length()
+        end = first + key_states.shape[2]
+        for n, states in enumerate((key_states, value_states)):
+            room = self.rooms[n]
+            if room.shape[2] < end:
+                self.rooms[n] = states.new_empty(*states.shape[:2], end + self.ROOM, states.shape[3])
+                self.rooms[n][:, :, :first] = room[:, :, :first]
+            self.rooms[n][:, :, first:end] = states
+        self.keys, self.values = (room[:, :, :end] for room in self.rooms)
+        return self.keys, self.values
 
 
 class Continuation:
@@ -355,6 +419,7 @@ class Continuation:
     def __init__(self, llm, prompts):
         self.llm = llm
         self.cache = DynamicCache(config=llm.config)
+        self.cache.layers = [GrowingLayer() if type(layer) is DynamicLayer else layer for layer in self.cache.layers]
         lengths = torch.tensor([len(prompt) for prompt in prompts], device=prompts[0].device)
         longest = max(len(prompt) for prompt in prompts)
         padded = [F.pad(prompt, (0, 0, longest - len(prompt), 0)) for prompt in prompts]

@@ -176,13 +176,17 @@ def complete_examples(vlm, loader, prompts, batch_size, max_new_tokens, stop_ids
     vlm.eval()
     outputs = []
     for part in rank_parts(prompts, batch_size, rank, world_size):
+        # all pictures of the part at once; an example's, for the prompts of all its answers, once
+        pictured = {example.item.images: example for example, _ in part if len(example.image_starts)}
+        tokens_of = {}                                 # {paths: (images, N, D)}
+        if pictured:
+            tokens = vlm.image_tokens(loader.images(pictured.values()).to(vlm.llm.device))
+            counts = [len(example.image_starts) for example in pictured.values()]
+            tokens_of = dict(zip(pictured, tokens.split(counts)))
         embeds = []
         for example, length in part:
             starts = example.image_starts[example.image_starts < length]
-            image_tokens = None
-            if len(starts):
-                images = loader.images([example])[:len(starts)]
-                image_tokens = vlm.image_tokens(images.to(vlm.llm.device))                      # (images, N, D)
+            image_tokens = tokens_of[example.item.images][:len(starts)] if len(starts) else None
             embeds.append(vlm.embed_prompt(example.ids[:length], starts, image_tokens))
         with vlm.precision():
             outputs.extend(generate(vlm.llm, embeds, max_new_tokens, stop_ids=stop_ids))

@@ -20,15 +20,35 @@ import torch
 import torch.nn.functional as F
 from filelock import FileLock
 from torch import nn
-from transformers import CLIPVisionModel, Dinov2Model, SiglipVisionModel
+from transformers import AttentionInterface, CLIPVisionModel, Dinov2Model, SiglipVisionModel
 from transformers.utils import cached_file
 
 from common import (
     all_gather, barrier, first_line, in_parts, progress, read_sealed, sha256_file, sha256_tensors, write_sealed)
 from decoders import (
-    embedding_rms, hidden_states, label_losses, load_config, load_llm, precision_of, pretrained, text_logits)
+    SHORT, embedding_rms, hidden_states, load_config, load_llm, precision_of, pretrained, text_losses)
 from examples import picture_keys, remember_pictures
 from media import BadSample, read_image
+
+# -----------------------------------------------------------------------------
+# attention without a mask
+
+
+def whole_attention(query, key, value, scaling=None):
+    """Attention of every query to every key, by the way that is the faster one. (B, heads, N, .), (B, heads, S, .)"""
+    n_scores = query.shape[2] * key.shape[2]
+    if query.device.type == 'cpu' and query.dtype == torch.bfloat16 and n_scores <= SHORT ** 2:
+        scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+        return ((query * scaling) @ key.transpose(2, 3)).softmax(-1) @ value
+    return F.scaled_dot_product_attention(query, key, value, scale=scaling)
+
+
+def tower_attention(module, query, key, value, attention_mask, scaling=None, **kwargs):
+    """whole_attention as transformers calls it; a tower has no mask, and no dropout where it is frozen."""
+    return whole_attention(query, key, value, scaling).transpose(1, 2), None                    # (B, P, heads, .)
+
+
+AttentionInterface.register('whole', tower_attention)
 
 # -----------------------------------------------------------------------------
 # the vision tower, which stays frozen
@@ -156,6 +176,7 @@ def load_tower(path, layer=-1, dtype=torch.float32):
         raise SystemExit(f'{path}: model_type is {config.model_type!r}, wanted siglip, clip or dinov2 '
                          '(fixed resolution; NaFlex is not supported)')
     model = pretrained(TOWERS[kind], path, dtype, config=getattr(config, 'vision_config', config),
+                       attn_implementation='whole',
                        ignore=('text_model.', 'logit_', 'text_projection', 'visual_projection'))
     settings = image_settings(path)
     return Tower(model, layer, mean=settings['mean'], std=settings['std'], image_size=settings['size'])
@@ -186,8 +207,7 @@ class ResamplerBlock(nn.Module):
         normed = self.norm_latents(latents)
         sources = torch.cat([self.norm_patches(patches), normed], dim=1)                        # (B, P + N, Dr)
         key, value = self.key_value(sources).chunk(2, dim=-1)
-        attended = F.scaled_dot_product_attention(
-            split_heads(self.query(normed)), split_heads(key), split_heads(value))
+        attended = whole_attention(split_heads(self.query(normed)), split_heads(key), split_heads(value))
         latents = latents + self.out(attended.transpose(1, 2).flatten(2))                       # (B, N, Dr)
         return latents + self.mlp(self.norm_mlp(latents))
 
@@ -297,7 +317,7 @@ class VLM(nn.Module):
         with self.precision():
             hidden = hidden_states(self.llm, embeds, batch)                                     # (T, D)
             hidden = hidden.index_select(0, batch.logit_positions)                              # (M, D)
-            return label_losses(hidden, partial(text_logits, self.llm), batch.labels)
+            return text_losses(self.llm, hidden, batch.labels)
 
     def forward(self, batch):
         return self.nll(batch).sum()

@@ -31,7 +31,7 @@ from common import first_line, gather_in_order, in_parts, one_line_io_errors, ra
 from data import collate
 from decoders import (
     NO_MASK, Continuation, embed_scale, final_logits, generate, hidden_states, label_losses, load_llm, pick,
-    precision_of, save_pretrained, seeded_generators, text_logits)
+    precision_of, save_pretrained, seeded_generators, text_logits, text_losses)
 from grounding import Prediction
 from inference import sum_by_example
 from media import contact_sheet, write_picture, write_sound
@@ -130,7 +130,7 @@ class TokenModel(nn.Module):
         with self.precision():
             hidden = self.hidden(batch).index_select(0, batch.logit_positions)                  # (M, D)
             if not self.typed_head:
-                return label_losses(hidden, self.all_logits, batch.labels)
+                return label_losses(hidden, self.all_logits, batch.labels, self.space.total)
             # batches of text alone do not name their ranges
             label_ranges = batch.label_ranges or [(self.space.by_name['text'], batch.n_labels)]
             # the labels stand sorted: one slice, one small head for each range
@@ -141,10 +141,11 @@ class TokenModel(nn.Module):
             losses = []
             for n, (index, _) in enumerate(label_ranges):
                 labels = labels_by_range[n] - self.space.ranges[index].first   # indices into the range's logits
-                head = partial(text_logits, self.llm)
                 if index in rows:
                     head = partial(self.row_logits, rows=rows[index])
-                losses.append(label_losses(hidden_by_range[n], head, labels))
+                    losses.append(label_losses(hidden_by_range[n], head, labels, len(rows[index])))
+                else:
+                    losses.append(text_losses(self.llm, hidden_by_range[n], labels))
             return torch.cat(losses)
 
     def forward(self, batch):

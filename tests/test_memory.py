@@ -21,7 +21,7 @@ from configure import configure
 from data import collate
 from examples import NO_IMAGES, Example
 from lists import Item
-from decoders import checkpoint_layers, lora
+from decoders import LOGITS_AT_ONCE, checkpoint_layers, lora
 from model import VLM, Connector, Tower
 from token_model import TokenModel
 from tools.memory import PLAN, Step, Trained, memory_needed, table
@@ -247,7 +247,7 @@ def test_what_does_not_grow_does_not_and_what_does_does():
     llm = Qwen3Config(**QWEN3['0.6b'][0])
     tower = SiglipVisionConfig(**SO400M)
     one, two = (memory_needed('a2', llm, tower, Step(n, example_tokens=100, labels=400), Trained()) for n in (8, 16))
-    assert two['logits'] == one['logits'] == 4 * 2048 * 151_936        # never more than 2,048 labels at a time
+    assert two['logits'] == one['logits'] == 4 * (LOGITS_AT_ONCE // 151_936) * 151_936   # however many the labels
     assert 1.9 < two['activations'] / one['activations'] < 2.1 and two['optimizer'] == one['optimizer']
     full_tune = Trained(new_rows=32_772, full_tune=True)
     alone, eight = (memory_needed('b4', llm, None, Step(1, example_tokens=8, ranks=n), full_tune) for n in (1, 8))

@@ -21,6 +21,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_common import no_file_larger_than
 from transformers import AutoTokenizer, Qwen3ForCausalLM, SiglipImageProcessorPil, SiglipVisionConfig, SiglipVisionModel
+from transformers.cache_utils import DynamicCache
 
 import codec
 import examples
@@ -34,7 +35,8 @@ from lists import Item, read_llava
 from media import BadSample, BadSamples, read_image
 from inference import VisionChat, ablation_means, complete_examples, crossed_losses, image_ablation, token_moments
 from decoders import (
-    generate, hidden_states, label_losses, load_llm, load_tokenizer, lora, pick, short_attention)
+    Continuation, GrowingLayer, generate, hidden_states, label_losses, load_llm, load_tokenizer, lora, pick,
+    short_attention)
 from model import VLM, Connector, Tower, cache_features, image_reading, image_settings, load_tower, load_vlm
 
 SHAPE = {'num_image_tokens': 4, 'width': 16, 'depth': 2, 'heads': 2, 'vision_ln': True}
@@ -462,18 +464,27 @@ def test_in_bf16_on_cuda_an_unpadded_batch_is_near_float32_on_a_cpu(world):
     assert (hidden - want_hidden).norm() < 0.05 * want_hidden.norm()   # 0.024
 
 
-def test_losses_in_chunks_are_the_losses_at_once_with_the_same_gradient():
+@pytest.mark.parametrize('head_learns', [True, False])
+def test_losses_in_chunks_are_the_losses_at_once_with_the_same_gradient(head_learns):
     torch.manual_seed(0)
-    head = torch.nn.Linear(8, 50)
+    head = torch.nn.Linear(8, 50).requires_grad_(head_learns)
     hidden = torch.randn(10, 8, requires_grad=True)
     labels = torch.randint(50, (10,))
+    learned = [hidden, *(head.parameters() if head_learns else ())]
+    n_logits = []
+    head.register_forward_hook(lambda _, args, logits: n_logits.append(logits.numel()))
     found = []
-    for chunk in 2048, 3:
-        losses = label_losses(hidden, head, labels, chunk)
-        grads = torch.autograd.grad((losses * torch.arange(10)).sum(), [hidden, *head.parameters()])
+    for chunk in 10, 3:
+        losses = label_losses(hidden, head, labels, 50, head_learns, at_once=chunk * 50)
+        grads = torch.autograd.grad((losses * torch.arange(10)).sum(), learned)
         found.append([losses, *grads])
     for at_once, in_chunks in zip(*found):
         assert torch.allclose(at_once, in_chunks, atol=1e-5)
+    assert n_logits[0] == 500 and max(n_logits[1:]) == 150
+    # once for the loss, and once more for the gradient only where the head learns
+    assert len(n_logits) == 1 + (8 if head_learns else 4)
+    with torch.no_grad():
+        assert torch.equal(label_losses(hidden, head, labels, 50, head_learns, at_once=150), found[1][0])
 
 
 @torch.no_grad()
@@ -908,6 +919,30 @@ def test_top_p_keeps_the_smallest_set_that_reaches_it_and_top_k_the_likeliest(to
     assert drawn == kept
 
 
+@torch.no_grad()
+def test_a_cache_that_has_room_gives_what_one_that_copies_itself_gives(world, monkeypatch):
+    monkeypatch.setattr(GrowingLayer, 'ROOM', 2)
+    llm = world.vlm.llm
+    ours, stock = (Continuation(llm, [torch.randn(n, 32, generator=torch.Generator().manual_seed(n)) for n in (3, 5)])
+                   for _ in range(2))
+    stock.cache = DynamicCache(config=llm.config)
+    for _ in range(7):                                 # rooms fill up and are made anew
+        state = ours.hidden()
+        assert torch.equal(state, stock.hidden())
+        for continuation in ours, stock:
+            continuation.append(state)
+    assert ours.cache.get_seq_length() == stock.cache.get_seq_length() == 11
+
+
+def test_drawing_follows_the_probabilities_and_nothing_has_to_be_sorted(monkeypatch):
+    logits = torch.tensor([0.3, 0.2, 0.0, 0.5]).log().repeat(4000, 1)
+    generators = [torch.Generator().manual_seed(seed) for seed in range(4000)]
+    monkeypatch.setattr(torch.Tensor, 'sort', None)
+    drawn = pick(logits, 1.0, 1.0, generators)
+    shares = torch.bincount(drawn, minlength=4) / 4000
+    assert shares[2] == 0 and (shares - torch.tensor([0.3, 0.2, 0.0, 0.5])).abs().max() < 0.03
+
+
 def test_examples_are_completed_from_their_prompt_for_any_batch_size(world):
     prompts = [(example, int(example.label_positions[0])) for example in world.captions[:4]]
     prompts.append((world.mixed[2], 5))                # text without an image
@@ -918,6 +953,15 @@ def test_examples_are_completed_from_their_prompt_for_any_batch_size(world):
     tokens = world.vlm.image_tokens(world.loader.images([example]))
     embeds = world.vlm.embed(torch.from_numpy(example.ids[:length]).long(), torch.arange(1, 5), tokens)
     assert one[3] == generate(world.vlm.llm, [embeds.detach()], 6, stop_ids=[2])[0]
+
+
+def test_the_pictures_of_a_batch_of_prompts_go_through_the_tower_at_once_and_each_once(world, monkeypatch):
+    sizes = []
+    image_tokens = world.vlm.image_tokens
+    monkeypatch.setattr(world.vlm, 'image_tokens', lambda images: sizes.append(len(images)) or image_tokens(images))
+    prompts = [(world.captions[k], 5) for k in (0, 1, 1, 2)]       # two answers about one picture
+    complete_examples(world.vlm, world.loader, prompts, 4, 2, stop_ids=[2])
+    assert sizes == [3]
 
 
 def test_a_vision_chat_captions_and_answers_as_its_examples_are_completed(world, tiny):

@@ -18,7 +18,7 @@ from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, Qwen3Config, SiglipVisionConfig, SiglipVisionModel)
 
 from configure import configure
-from decoders import layer_matrices, load_config
+from decoders import LOGITS_AT_ONCE, layer_matrices, load_config
 from model import Connector, Tower
 
 KNOWN = {                                              # as published; the text rows are 151,936 in both
@@ -31,7 +31,6 @@ KNOWN = {                                              # as published; the text 
     'google/siglip2-so400m-patch14-384': {
         'hidden_size': 1152, 'intermediate_size': 4304, 'num_hidden_layers': 27, 'num_attention_heads': 16,
         'image_size': 384, 'patch_size': 14}}
-CHUNK = 2048                                           # labels whose logits exist at a time: label_losses in model.py
 FLOAT = 4                                              # bytes of a number in float32
 GIB = 2 ** 30
 
@@ -45,7 +44,7 @@ class Step:
     codes: int = 0                 # of these, codes to predict
     code_range: int = 0            # ids of the range that a code is one of
     half: bool = True              # frozen weights in bfloat16, else in float32
-    cuda: bool = True              # dropout keeps a byte per number there, and four on a CPU
+    cuda: bool = True              # dropout keeps a byte per number there, and a whole number on a CPU
     ranks: int = 1                 # GPUs in all
     checkpointing: bool = False    # gradient_checkpointing
 
@@ -175,7 +174,7 @@ def logits_at_once(llm, step):
     found = []
     for n_labels, n_ids in (step.labels, llm.vocab_size), (step.codes, step.code_range):
         if n_labels:
-            found.append(min(step.micro_batch_size * n_labels, CHUNK) * n_ids)
+            found.append(min(step.micro_batch_size * n_labels, LOGITS_AT_ONCE // n_ids) * n_ids)
     return found
 
 
