@@ -322,12 +322,12 @@ def grad_norms(trainable, groups):
     """The gradient norm of each group of parameters. groups: {name for the log: prefix of names}."""
     norms = {}
     for group, prefix in groups.items():
-        squares = []
+        rows = []                                      # norms in float32: a row is short
         for name, p in trainable.items():
             if name.startswith(prefix) and p.grad is not None:
-                rows = torch.linalg.vector_norm(p.grad, dim=-1)        # float32: a row is short
-                squares.append(rows.double().square().sum())           # float32 sums of millions lose digits
-        norms[group] = torch.stack(squares).sum().sqrt().item() if squares else 0.0
+                rows.append(torch.linalg.vector_norm(p.grad, dim=-1).flatten())
+        # float32 sums of millions lose digits
+        norms[group] = torch.cat(rows).double().square().sum().sqrt().item() if rows else 0.0
     return norms
 
 

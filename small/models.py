@@ -233,6 +233,7 @@ def tiny_siglip(tokenizer):
         'bos_token_id': None, 'eos_token_id': tokenizer.eos_token_id, 'pad_token_id': tokenizer.pad_token_id}
     vision_config = {**layers, 'num_hidden_layers': 4, 'image_size': PIXELS, 'patch_size': PATCH}
     model = SiglipModel(SiglipConfig(text_config=text_config, vision_config=vision_config))
+    model.set_attn_implementation('whole')             # of model.py: a third of a step is saved in bf16
     with torch.no_grad():                              # SigLIP's start: temperature 10, bias -10
         model.logit_scale.fill_(math.log(10))
         model.logit_bias.fill_(-10)
