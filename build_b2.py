@@ -22,7 +22,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-import torch
 
 import gates
 from common import (
@@ -94,7 +93,6 @@ gates.require_passed(audit_dir, allow_failed_gates)
 space = TokenSpace.load(Path(audit_dir) / 'token_space.json')
 uti = UTI.of_space(space, audit_dir, llm, image_codec=image_codec, audio_codec=audio_codec, image_prefix=image_prefix,
                    audio_prefix=audio_prefix, device=device)
-torch.backends.cudnn.allow_tf32 = False                # codes come from float32, as they did in the audit
 grammar = Grammar(space)
 ENCODE = {'image': uti.encode_image, 'audio': uti.encode_audio}
 DECODE = {'image': uti.decode_image, 'audio': uti.decode_audio}

@@ -32,12 +32,21 @@ from watch import WATCH
 # ranks. One convention: `if rank == 0` guards files and prints, never a collective
 
 
-def init_ranks(device='auto'):
+def exact_float32():
+    """CUDA multiplies float32 as float32 and not as TF32, which keeps ten bits of it: a picture has the same codes
+    whichever script encodes it."""
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False            # True by itself: the codecs' convolutions
+
+
+def init_ranks(device='auto', deterministic=False):
     """(rank, world_size, device) for `python script.py` and `torchrun script.py`, on CPU or CUDA.
 
     Host numbers and objects always go over gloo, what is on a GPU over NCCL: a rank that waits for another one's disk
-    keeps no GPU busy, and hears at once when that one has ended.
+    keeps no GPU busy, and hears at once when that one has ended. deterministic: on CUDA, kernels that give the same
+    bits each time; a CPU's do anyway.
     """
+    exact_float32()
     world_size = int(os.environ.get('WORLD_SIZE', 1))  # torchrun sets these
     local_rank = int(os.environ.get('LOCAL_RANK', 0))
     if device == 'auto':
@@ -54,6 +63,9 @@ def init_ranks(device='auto'):
                              'lower --nproc_per_node')
         if world_size > 1 or device == 'cuda':         # cuda:3 stays what it is on a single rank
             device = f'cuda:{local_rank}'
+        if deterministic:
+            os.environ['CUBLAS_WORKSPACE_CONFIG'] = ':4096:8'   # read when CUDA starts, which is below
+            torch.use_deterministic_algorithms(True)
         torch.cuda.set_device(device)
     if world_size > 1 and not dist.is_initialized():
         # torch's own timeout is out of the way: NCCL's ten minutes would end a run whose first rank reads every picture

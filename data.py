@@ -211,9 +211,12 @@ class Layout(Sequence):
     def __getitem__(self, n):
         return self.groups[n]
 
+    def each_tensor(self, function):
+        groups = [(function(pad_index), function(unpad_index)) for pad_index, unpad_index in self.groups]
+        return Layout(groups, function(self.boundaries), self.longest)
+
     def to(self, device):
-        groups = [(pad_index.to(device), unpad_index.to(device)) for pad_index, unpad_index in self.groups]
-        return Layout(groups, self.boundaries.to(device), self.longest)
+        return self.each_tensor(lambda tensor: tensor.to(device, non_blocking=True))
 
 
 @dataclass
@@ -235,9 +238,17 @@ class Batch:
     def ids(self):
         return [item.id for item in self.items]        # looked up when a line names them: they may be on disk
 
+    def each_tensor(self, function):
+        """This batch with function(tensor) in the place of every tensor."""
+        changed = {name: function(value) for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
+        return replace(self, layout=self.layout.each_tensor(function), **changed)
+
     def to(self, device):
-        moved = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
-        return replace(self, layout=self.layout.to(device), **moved)
+        return self.each_tensor(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pinned(self):
+        """In memory that a GPU fetches by itself, while the host goes on."""
+        return self.each_tensor(torch.Tensor.pin_memory)
 
 
 def attention_groups(lengths, most=16, waste=1.25):
@@ -433,7 +444,8 @@ class Loader:
         for part in in_parts(mine, micro_batch_size):
             batch = self.collate(part)
             if batch is not None:
-                batches.append(batch)
+                # in this thread, since it takes time; where a GPU is used
+                batches.append(batch.pinned() if torch.cuda.is_initialized() else batch)
         return batches
 
     def steps(self, sampler, first, last, micro_batch_size, rank, world_size):

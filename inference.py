@@ -11,7 +11,7 @@ import torch
 
 from common import (
     all_gather, all_sum, gather_in_order, in_parts, rank_parts, sha256_file, stoppable_parts, write_atomic)
-from templates import ChatTemplate
+from templates import ChatTemplate, answer_text
 from data import answer_starts, collate, length_buckets
 from decoders import generate, load_tokenizer
 from grounding import Prediction, retrieval, share_removed
@@ -208,13 +208,12 @@ def write_predictions(path, vlm, loader, template, examples, batch_size, max_new
             turns.append(turn)
     outputs = complete_examples(vlm, loader, prompts, batch_size=batch_size, max_new_tokens=max_new_tokens,
                                 stop_ids=[template.end], rank=rank, world_size=world_size)
-    texts = template.tokenizer.batch_decode(outputs, skip_special_tokens=True)
+    texts = [answer_text(template.tokenizer, output) for output in outputs]
     lines = []
     predictions = []
     first_replies = []
     for (example, _), turn, output, text in zip(prompts, turns, outputs, texts):
         item = example.item
-        text = text.strip()
         question, truth = item.turns[turn]
         is_chat = question or len(item.turns) > 1      # a caption is one answer that nobody asked for
         asked = {'turn': turn, 'question': question} if is_chat else {}
@@ -238,10 +237,10 @@ def write_predictions(path, vlm, loader, template, examples, batch_size, max_new
 
 class VisionChat:
     """A trained VLM that takes an image file and gives words: `chat.reply(chat.encode_image('picture.png'))`."""
-    def __init__(self, vlm, llm, vision, max_seq_len):
+    def __init__(self, vlm, llm, vision, max_seq_len, think_block=False):
         self.vlm = vlm.eval()
         self.tokenizer = load_tokenizer(llm)
-        self.template = ChatTemplate(self.tokenizer, len(vlm.connector.latents), max_seq_len)
+        self.template = ChatTemplate(self.tokenizer, len(vlm.connector.latents), max_seq_len, think_block)
         self.read = image_reading(image_settings(vision))
 
     @torch.no_grad()
@@ -269,4 +268,4 @@ class VisionChat:
         with self.vlm.precision():
             output = generate(self.vlm.llm, [prompt], max_new_tokens, stop_ids=[self.template.end],
                               temperature=temperature, top_p=top_p, seeds=[seed])[0]
-        return self.tokenizer.decode(output, skip_special_tokens=True).strip()
+        return answer_text(self.tokenizer, output)

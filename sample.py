@@ -32,6 +32,7 @@ from media import read_audio, read_image, write_picture, write_sound
 from decoders import lora
 from model import load_vlm
 from token_model import load_token_model, read_text, write_codes
+from templates import answer_text
 from tools.export import export_graft, export_token_model, usual_guidance
 from uti import UTI, Grammar, TokenSpace
 
@@ -182,7 +183,7 @@ def describe(kind, file):
     answers = read_text(model, grammar, task, payloads, args.max_new_tokens,
                         temperature=text_temperature, top_p=args.top_p, seeds=seeds)
     for seed, ids in zip(seeds, answers):
-        show(kind, file, codecs.tokenizer.decode(ids, skip_special_tokens=True).strip(), seed=seed)
+        show(kind, file, answer_text(codecs.tokenizer, ids), seed=seed)
 
 
 def generate(kind, k, text):
@@ -274,7 +275,8 @@ if track_b:
     sys.exit(0)
 
 vlm, _ = load_track_a()
-chat = VisionChat(vlm, meta['model']['llm'], meta['model']['vision'], settings['max_seq_len'])
+chat = VisionChat(vlm, meta['model']['llm'], meta['model']['vision'], settings['max_seq_len'],
+                  settings.get('think_block', False))
 if stage == 'a1':
     for file in args.image:
         caption(file)

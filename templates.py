@@ -2,6 +2,7 @@
 How a sample becomes ids: the turn formats of language models, the markers that a tokenizer has, and a sample put
 together of them, its labels known while it is assembled.
 """
+import copy
 import hashlib
 import inspect
 import re
@@ -85,14 +86,16 @@ def begin_ids(tokenizer):
     return []
 
 
-def chat_difference(tokenizer, form):
-    """One line when the tokenizer's own chat template writes two turns otherwise than this format does, else ''."""
+def chat_difference(tokenizer, form, think_block=''):
+    """One line when the tokenizer's own chat template writes two turns otherwise than this format does, with this
+    before the last answer, else ''."""
     if not tokenizer.chat_template:
         return ''
     turns = [('user', 'Why?'), ('assistant', 'So.'), ('user', 'And?'), ('assistant', 'No.')]
     before, after = form.user
     ours = [*begin_ids(tokenizer)]
-    for text in before, 'Why?', after, 'So.', form.end, form.between, before, 'And?', after, 'No.', form.end:
+    first = [before, 'Why?', after, 'So.', form.end, form.between]
+    for text in *first, before, 'And?', after, think_block, 'No.', form.end:
         ours += tokenizer.encode(text, add_special_tokens=False)
     try:
         turns = [{'role': role, 'content': words} for role, words in turns]
@@ -130,6 +133,37 @@ def image_markers(tokenizer):
 
 
 # -----------------------------------------------------------------------------
+# tokens that a tokenizer has added and does not call special: Qwen3's <think>, <tool_call>, <|fim_prefix|>
+
+THINK_BLOCK = '<think>\n\n</think>\n\n'                # an empty one: what Qwen3 writes where it is not to think
+ADDED = re.compile(r'<\|.*\|>|</?(think|tool_\w+)>')   # Gemma's added tokens are also tags of HTML and line ends
+
+
+def plain_tokenizer(tokenizer):
+    """The tokenizer for text in which nothing is a marker: a copy in which the ADDED ones are special, since
+    split_special_tokens keeps no others plain."""
+    tokens = getattr(tokenizer, 'added_tokens_decoder', {}).values()
+    added = [str(token) for token in tokens if not token.special and ADDED.fullmatch(str(token))]
+    if not added:
+        return tokenizer
+    plain = copy.deepcopy(tokenizer)
+    plain.add_tokens(added, special_tokens=True)
+    return plain
+
+
+def answer_text(tokenizer, ids):
+    """The text of generated ids, without a think block: one that is not closed reaches to the end."""
+    ids = list(ids)
+    opening = marker_id(tokenizer, '<think>')
+    closing = marker_id(tokenizer, '</think>')
+    if closing is not None and closing in ids:
+        ids = ids[len(ids) - ids[::-1].index(closing):]
+    if opening is not None and opening in ids:
+        ids = ids[:ids.index(opening)]
+    return tokenizer.decode(ids, skip_special_tokens=True).strip()
+
+
+# -----------------------------------------------------------------------------
 # samples as ids
 
 
@@ -137,10 +171,12 @@ class ChatTemplate:
     """How a sample becomes ids. Markers are looked up once; text is encoded so that markers typed in it stay plain.
 
     image_length: positions that an image's embeddings are written over: its image tokens and, where the tokenizer has
-    no markers for an image, one learned embedding at each end.
+    no markers for an image, one learned embedding at each end. think_block: an empty one stands before the last answer
+    of a chat, as in Qwen3's own template with enable_thinking = False.
     """
-    def __init__(self, tokenizer, num_image_tokens, max_seq_len):
+    def __init__(self, tokenizer, num_image_tokens, max_seq_len, think_block=False):
         self.tokenizer = tokenizer
+        self.plain = plain_tokenizer(tokenizer)
         self.num_image_tokens = num_image_tokens
         self.max_seq_len = max_seq_len
         self.known = {}                                # {(text, whether markers in it are markers): its ids}
@@ -158,6 +194,10 @@ class ChatTemplate:
             self.image_block = [start, *[pad] * num_image_tokens, end]
         # our own words, in which markers are markers
         self.pieces = {text: tokenizer.encode(text, add_special_tokens=False) for text in self.format.texts()}
+        self.think_block = THINK_BLOCK if think_block else ''
+        if think_block and marker_id(tokenizer, '<think>') is None:
+            raise SystemExit('think_block = True, but the tokenizer has no <think>: wanted that of a Qwen3')
+        self.pieces[self.think_block] = tokenizer.encode(self.think_block, add_special_tokens=False)
         if max_seq_len < len(self.image_block) + 8:
             raise SystemExit(f'max_seq_len = {max_seq_len} leaves no room for text after {num_image_tokens} image '
                              'tokens')
@@ -170,7 +210,8 @@ class ChatTemplate:
     def sha256(self):
         """Over all that decides the ids of a sample: the tokenizer, the sizes, and the code that puts them together."""
         decides = [self.tokenizer.backend_tokenizer.to_str(), self.num_image_tokens, self.max_seq_len, self.begin,
-                   self.format.texts(), inspect.getsource(inspect.getmodule(ChatTemplate)), inspect.getsource(lists)]
+                   self.think_block, self.format.texts(), inspect.getsource(inspect.getmodule(ChatTemplate)),
+                   inspect.getsource(lists)]
         return hashlib.sha256(canonical(decides).encode()).hexdigest()
 
     def encode(self, text, markers=False):
@@ -178,7 +219,8 @@ class ChatTemplate:
         never an image."""
         if (text, markers) in self.known:
             return self.known[text, markers]
-        return self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=not markers)
+        encoder = self.tokenizer if markers else self.plain
+        return encoder.encode(text, add_special_tokens=False, split_special_tokens=not markers)
 
     def examples(self, kind, items):
         """[Example] of Items by `kind`, 'caption' or 'chat', or of (where, text) pairs, 'text'. All their texts are
@@ -188,8 +230,9 @@ class ChatTemplate:
         for item in items:
             texts.update([item[1]] if is_text else texts_of(item))
         texts = sorted(texts)
-        encoded = self.tokenizer(texts, add_special_tokens=False, split_special_tokens=not is_text,
-                                 return_attention_mask=False)['input_ids']
+        encoder = self.tokenizer if is_text else self.plain
+        encoded = encoder(texts, add_special_tokens=False, split_special_tokens=not is_text,
+                          return_attention_mask=False)['input_ids']
         self.known = {(text, is_text): ids for text, ids in zip(texts, encoded)}
         if is_text:
             made = [self.text(text, where) for where, text in items]
@@ -260,6 +303,8 @@ class ChatTemplate:
                 ids += self.encode(part)
                 is_at_start = is_at_start and not part
             ids += after_question
+            if n == len(item.turns) - 1:
+                ids += self.pieces[self.think_block]
             if answer is None:
                 break
             first_label = len(ids)
@@ -283,11 +328,12 @@ class ChatTemplate:
         if stage == 'a1':
             return f'{begin}{{image}}\n{{caption}}{self.format.end}'
         before, after = self.format.user
+        after += self.think_block
         return f'{begin}{before}{{image}}\n{{question}}{after}{{answer}}{self.format.end}{self.format.between}'
 
     def difference(self):
         """One line when the tokenizer's own chat template writes other ids than this one, else ''."""
-        return chat_difference(self.tokenizer, self.format)
+        return chat_difference(self.tokenizer, self.format, self.think_block)
 
 
 def parts_of(item, turn):

@@ -36,6 +36,7 @@ from grounding import Prediction
 from inference import sum_by_example
 from media import contact_sheet, write_picture, write_sound
 from shards import prompt_of, with_media, with_prompt
+from templates import answer_text
 from uti import TASKS, TokenSpace
 
 # -----------------------------------------------------------------------------
@@ -366,16 +367,12 @@ def complete_task(model, grammar, task, examples, batch_size, max_new_tokens, te
     return gather_in_order(outputs)
 
 
-def text_of(ids, tokenizer):
-    return tokenizer.decode(ids, skip_special_tokens=True).strip()
-
-
 def predictions_of(examples, outputs, tokenizer, max_new_tokens):
     """[Prediction] of the outputs of complete_task for a task that reads."""
     predictions = []
     for example, ids in zip(examples, outputs):
         truth = example.item.text
-        predictions.append(Prediction(text_of(truth, tokenizer), text_of(ids, tokenizer),
+        predictions.append(Prediction(answer_text(tokenizer, truth), answer_text(tokenizer, ids),
                                       is_cut=len(ids) >= max_new_tokens, truth_is_cut=len(truth) >= max_new_tokens))
     return predictions
 
@@ -392,7 +389,7 @@ def write_completions(path, task, examples, outputs, tokenizer, uti=None, batch_
     for example, truth, output in zip(examples, truths, outputs):
         record = {'id': example.item.id, 'media_sha256': example.item.media_sha256, 'truth': truth}
         if direction == 'read':
-            record['prediction'] = text_of(output, tokenizer)
+            record['prediction'] = answer_text(tokenizer, output)
         else:
             record['codes'] = output
         lines.append(json.dumps(record) + '\n')

@@ -68,10 +68,12 @@ epoch_samples = 0              # ... or exactly this many, when not 0
 n_steps = 0                    # when not 0, a run is exactly this many steps, whatever epochs say
 seed = 1
 # evaluation
-eval_every = 200               # steps; every evaluation saves a checkpoint
+eval_every = 0                 # steps; every evaluation saves a checkpoint; 0 for as often as eval_share allows,
+eval_share = 0.05              # ... of the time, measured at the first start
 eval_first = True              # False: none before the first step, where nothing has been learned
 n_eval = 512                   # held-out items, balanced over short, medium and long ones by their labels
 n_golden = 64                  # more held-out items, described or answered at every checkpoint
+n_golden_between = 16          # of these, at all checkpoints but the last: generation is most of an evaluation
 n_predictions = 256            # eval items described or answered at the end
 n_retrieval = 128              # eval items told apart by their loss at the end, 32 at a time; 32 at every checkpoint
 bucket_edges = ()              # the most label tokens of a short and of a medium item; () for thirds of the data
@@ -95,6 +97,7 @@ gradient_checkpointing = False  # True: layers are computed again on the way bac
 feature_cache = ''             # folder for the tower's features, each image once; '' runs the tower every step
 feature_cache_gb = 200.0       # where the features would take more than this, the tower runs every step as well
 workers = 2                    # threads that decode images
+deterministic = False          # True: the same bits on a GPU each time, which is slower; a CPU's always are
 log_every = 20
 timeout = 30.0                 # minutes that a rank waits for another one after the first step; before it, a day
 tensorboard = False            # True: the log's numbers in out_dir/tensorboard too; needs the package tensorboard
@@ -103,16 +106,17 @@ config = configure(globals(), required=('data_json', 'image_root', 'llm', 'visio
 
 # settings that cannot be meant end the run before anything is built
 require_positive(config, 'max_seq_len', 'micro_batch_size', 'global_batch_size', 'learning_rate', 'grad_clip', 'epochs',
-                 'epoch_minutes', 'eval_every', 'n_eval', 'n_golden', 'max_new_tokens', 'log_every', 'workers',
-                 'n_retrieval', 'num_image_tokens', 'connector_width', 'connector_depth', 'connector_heads', 'timeout')
-require_not_negative(config, 'epoch_samples', 'n_steps')
-require_share(config, 'warmup_frac', 'min_lr_frac', 'gate_truncated')
+                 'epoch_minutes', 'eval_share', 'n_eval', 'n_golden', 'n_golden_between', 'max_new_tokens', 'log_every',
+                 'workers', 'n_retrieval', 'num_image_tokens', 'connector_width', 'connector_depth', 'connector_heads',
+                 'timeout')
+require_not_negative(config, 'epoch_samples', 'n_steps', 'eval_every')
+require_share(config, 'warmup_frac', 'min_lr_frac', 'eval_share', 'gate_truncated')
 if connector_width % connector_heads or connector_width % 4:
     raise SystemExit(f'connector_width = {connector_width}, connector_heads = {connector_heads}: wanted a multiple of '
                      'the heads and of 4')
 
 # ranks and the run's folder
-rank, world_size, device = init_ranks(device)
+rank, world_size, device = init_ranks(device, deterministic)
 dtype = frozen_dtype(dtype, device)
 out, resume = open_run(out_dir, resume, rank)
 stop = StopSignal()
@@ -179,6 +183,7 @@ if resume:
     optimizer.load_state_dict(tensors['optimizer'])
     step = first_step = meta['step']
     epoch_samples = meta['epoch_samples']
+    eval_every = meta.get('eval_every', eval_every)    # older checkpoints had only that of their settings
     with_gradient = set(meta['with_gradient'])
     evaluated = meta['evaluated']
 elif init_from:
@@ -229,7 +234,7 @@ def predict(examples, path):
 def first_evaluation():
     """What the loop does at step 0, for the time that it takes."""
     evaluate(1)
-    predict(golden_set, out / 'golden' / 'step_000000.jsonl')
+    predict(golden_set[:n_golden_between], out / 'golden' / 'step_000000.jsonl')
 
 
 def save(state):
@@ -239,6 +244,7 @@ def save(state):
         tensors = {'connector': model.connector.state_dict(), 'optimizer': optimizer.state_dict()}
         save_checkpoint(out / 'ckpt', tensors, {
             'stage': 'a1', 'model': model_args, 'step': step, 'n_steps': n_steps, 'epoch_samples': epoch_samples,
+            'eval_every': eval_every,
             'settings': config, 'frozen_sha256': frozen_before, 'with_gradient': sorted(with_gradient),
             'evaluated': evaluated, 'data': data_seen})
     if rank == 0:
@@ -251,22 +257,24 @@ def leave_evaluation():
     stop.leave(step, saved=step > first_step or resume)
 
 
-# schedule: n_steps, or how many samples an epoch of epoch_minutes holds, with its evaluations
+# schedule: n_steps, or how many samples an epoch of epoch_minutes holds, with its evaluations, and when these are
 if n_steps:
     epoch_samples = round(n_steps * global_batch_size / epochs)
-if not epoch_samples:
+if not epoch_samples or not eval_every:
     first_steps = loader.steps(sampler, 0, 7, micro_batch_size, rank, world_size)
-    epoch_samples = measure_epoch(first_steps, forward_backward, optimizer, epoch_minutes, global_batch_size,
-                                  evaluate=first_evaluation, eval_every=eval_every)
+    n_samples, eval_every = measure_epoch(first_steps, forward_backward, optimizer, epoch_minutes, global_batch_size,
+                                          evaluate=first_evaluation, eval_every=eval_every, eval_share=eval_share)
+    epoch_samples = epoch_samples or n_samples
 n_steps = n_steps or max(1, round(epochs * epoch_samples / global_batch_size))
 if rank == 0:
-    print(f'{n_steps} steps of {global_batch_size}; repeat exactly with --epoch_samples={epoch_samples}')
+    print(f'{n_steps} steps of {global_batch_size}; repeat exactly with --epoch_samples={epoch_samples} '
+          f'--eval_every={eval_every}')
 
 # the loop
 log = Log(out / 'log.jsonl', step if resume else None, active=rank == 0, writer=board)
 if not resume:
     log.write('run', stage='a1', settings=config, n_steps=n_steps, epoch_samples=epoch_samples, world_size=world_size,
-              trainable=sum(p.numel() for p in trainable.values()),
+              eval_every=eval_every, trainable=sum(p.numel() for p in trainable.values()),
               held_out={'eval': len(eval_set), 'golden': len(golden_set)}, **provenance())
 model.train()
 meter = Meter()
@@ -275,18 +283,19 @@ progress = Progress(n_steps, 'a1', initial=step, active=rank == 0)
 batches_of_steps = loader.steps(sampler, step, n_steps, micro_batch_size, rank, world_size)
 while True:
     # evaluate, look at the golden items, save; the stop test below makes first and last evaluation ordinary ones
-    stopped = bool(stop)
+    stopped = stop.before_step()
     is_due = step % eval_every == 0 and (eval_first or step > 0)
     if is_due or step == n_steps or stopped:
         meter.pause()
         if not stopped and not (evaluated and step < n_steps):   # a finished run is judged again, and logged once
             losses, counts, crossed, means = evaluate(len(matching) if step == n_steps else 1)
             stop_if_eval_not_finite(step, means, out)
-            predictions, captions = predict(golden_set, out / 'golden' / f'step_{step:06d}.jsonl')
+            looked_at = golden_set if step == n_steps else golden_set[:n_golden_between]
+            predictions, captions = predict(looked_at, out / 'golden' / f'step_{step:06d}.jsonl')
             means['distinct'] = distinct([p.text for p in predictions])
             if rank == 0:
                 sheet = out / 'golden' / f'step_{step:06d}.png'
-                contact_sheet(sheet, [example.item.images for example in golden_set], captions)
+                contact_sheet(sheet, [example.item.images for example in looked_at], captions)
             if not evaluated:
                 log.write('eval', step=step, **means)
             evaluated = True

@@ -83,10 +83,12 @@ epoch_samples = 0              # ... or exactly this many, when not 0
 n_steps = 0                    # when not 0, a run is exactly this many steps, whatever epochs say
 seed = 1
 # evaluation
-eval_every = 200               # steps; every evaluation saves a checkpoint
+eval_every = 0                 # steps; every evaluation saves a checkpoint; 0 for as often as eval_share allows,
+eval_share = 0.05              # ... of the time, measured at the first start
 eval_first = True              # False: none before the first step, where nothing has been learned
 n_eval = 512                   # held-out items of each task
 n_golden = 64                  # more of them, described, drawn and generated as audio at every checkpoint
+n_golden_between = 16          # of these, at all checkpoints but the last: generation is most of an evaluation
 n_predictions = 256            # eval items of each task described, drawn and generated as audio at the end
 n_retrieval = 128              # eval items told apart by their loss at the end, 32 at a time; 32 at every checkpoint
 n_text = 512                   # texts for the text-only regression
@@ -120,6 +122,7 @@ gate_spectral_std = 6.0        # of a sound's spectrum, in dB; noise has about 5
 device = 'auto'
 dtype = 'auto'                 # of frozen weights: bfloat16 where the device multiplies it; what learns is float32
 gradient_checkpointing = False  # True: layers are computed again on the way back: less memory, up to half more time
+deterministic = False          # True: the same bits on a GPU each time, which is slower; a CPU's always are
 log_every = 20
 timeout = 30.0                 # minutes that a rank waits for another one after the first step; before it, a day
 tensorboard = False            # True: the log's numbers in out_dir/tensorboard too; needs the package tensorboard
@@ -128,17 +131,17 @@ config = configure(globals(), required=('shards_dir', 'new_rows_dir', 'text_json
 
 # settings that cannot be meant end the run before anything is built
 require_positive(config, 'max_seq_len', 'micro_batch_size', 'global_batch_size', 'learning_rate', 'grad_clip', 'epochs',
-                 'epoch_minutes', 'eval_every', 'n_eval', 'n_golden', 'max_new_tokens', 'log_every', 'n_text',
-                 'n_retrieval', 'n_predictions', 'lora_r', 'lora_alpha', 'lora_learning_rate', 'timeout')
-require_not_negative(config, 'epoch_samples', 'n_steps')
-require_share(config, 'warmup_frac', 'min_lr_frac', 'gate_truncated', 'lora_dropout', 'replay_share', 'prompt_dropout',
-              'ramp_frac')
+                 'epoch_minutes', 'eval_share', 'n_eval', 'n_golden', 'n_golden_between', 'max_new_tokens', 'log_every',
+                 'n_text', 'n_retrieval', 'n_predictions', 'lora_r', 'lora_alpha', 'lora_learning_rate', 'timeout')
+require_not_negative(config, 'epoch_samples', 'n_steps', 'eval_every')
+require_share(config, 'warmup_frac', 'min_lr_frac', 'eval_share', 'gate_truncated', 'lora_dropout', 'replay_share',
+              'prompt_dropout', 'ramp_frac')
 if not 0 <= prompt_dropout < 1 or not 0 <= replay_share < 1 or not guidance:
     raise SystemExit(f'prompt_dropout = {prompt_dropout}, replay_share = {replay_share}, guidance = {guidance}: '
                      'wanted shares from 0 to below 1 and at least one guidance')
 
 # ranks and the run's folder
-rank, world_size, device = init_ranks(device)
+rank, world_size, device = init_ranks(device, deterministic)
 dtype = frozen_dtype(dtype, device)
 out, resume = open_run(out_dir, resume, rank)
 stop = StopSignal()
@@ -251,6 +254,7 @@ if resume:
     load_tuned_state(tensors['tuned'])
     step = first_step = meta['step']
     epoch_samples = meta['epoch_samples']
+    eval_every = meta.get('eval_every', eval_every)    # older checkpoints had only that of their settings
     with_gradient = set(meta['with_gradient'])
     evaluated = meta['evaluated']
     at_start = meta['start']
@@ -336,10 +340,11 @@ def generate(task, examples, path, guidance):
     return outputs, decoded
 
 
-def generate_golden(step):
-    """{task: what is generated of its golden items and what it decodes to}."""
+def generate_golden(step, at_end):
+    """{task: what is generated of its golden items and what it decodes to}; at_end of all of them."""
     golden = {}
     for task, examples in golden_sets.items():
+        examples = examples if at_end else examples[:n_golden_between]
         golden[task] = generate(task, examples, out / 'golden' / f'step_{step:06d}' / task, guidance[0])
     return golden
 
@@ -347,7 +352,7 @@ def generate_golden(step):
 def first_evaluation():
     """What the loop does at step 0, for the time that it takes."""
     evaluate(at_end=False)
-    generate_golden(0)
+    generate_golden(0, at_end=False)
 
 
 def save(state):
@@ -356,6 +361,7 @@ def save(state):
         tensors = {'new_rows': model.new_rows_state(), 'tuned': tuned_state(), 'optimizer': optimizer.state_dict()}
         save_checkpoint(out / 'ckpt', tensors, {
             'stage': 'b4', 'model': model_args, 'step': step, 'n_steps': n_steps, 'epoch_samples': epoch_samples,
+            'eval_every': eval_every,
             'settings': config, 'frozen_sha256': frozen_before, 'with_gradient': sorted(with_gradient),
             'evaluated': evaluated, 'data': data_seen, 'token_space': space.fields(), 'start': at_start})
     if rank == 0:
@@ -368,24 +374,26 @@ def leave_evaluation():
     stop.leave(step, saved=step > first_step or resume)
 
 
-# schedule: n_steps, or how many samples an epoch of epoch_minutes holds, with its evaluations
+# schedule: n_steps, or how many samples an epoch of epoch_minutes holds, with its evaluations, and when these are
 if n_steps:
     epoch_samples = round(n_steps * global_batch_size / epochs)
-if not epoch_samples:
+if not epoch_samples or not eval_every:
     first_steps = loader.steps(mixture(7), 0, 7, micro_batch_size, rank, world_size)
-    epoch_samples = measure_epoch(first_steps, forward_backward, optimizer, epoch_minutes, global_batch_size,
-                                  evaluate=first_evaluation, eval_every=eval_every)
+    n_samples, eval_every = measure_epoch(first_steps, forward_backward, optimizer, epoch_minutes, global_batch_size,
+                                          evaluate=first_evaluation, eval_every=eval_every, eval_share=eval_share)
+    epoch_samples = epoch_samples or n_samples
 n_steps = n_steps or max(1, round(epochs * epoch_samples / global_batch_size))
 sampler = mixture(n_steps)
 if rank == 0:
     print(f'an epoch goes through {passes_line(sampler, epochs)}')
-    print(f'{n_steps} steps of {global_batch_size}; repeat exactly with --epoch_samples={epoch_samples}')
+    print(f'{n_steps} steps of {global_batch_size}; repeat exactly with --epoch_samples={epoch_samples} '
+          f'--eval_every={eval_every}')
 
 # the loop
 log = Log(out / 'log.jsonl', step if resume else None, active=rank == 0, writer=board)
 if not resume:
     log.write('run', stage='b4', settings=config, n_steps=n_steps, epoch_samples=epoch_samples, world_size=world_size,
-              trainable=sum(p.numel() for p in trainable.values()), token_space=space.sha256,
+              eval_every=eval_every, trainable=sum(p.numel() for p in trainable.values()), token_space=space.sha256,
               held_out={task: len(examples) for task, examples in eval_sets.items()}, **provenance())
 model.train()
 meter = Meter()
@@ -394,7 +402,7 @@ progress = Progress(n_steps, 'b4', initial=step, active=rank == 0)
 batches_of_steps = loader.steps(sampler, step, n_steps, micro_batch_size, rank, world_size)
 while True:
     # evaluate, look at the golden items, save; the stop test below makes first and last evaluation ordinary ones
-    stopped = bool(stop)
+    stopped = stop.before_step()
     is_due = step % eval_every == 0 and (eval_first or step > 0)
     if is_due or step == n_steps or stopped:
         meter.pause()
@@ -402,7 +410,7 @@ while True:
             losses, counts, crossed, means, rates = evaluate(at_end=step == n_steps)
             stop_if_eval_not_finite(step, means, out)
             at_start = at_start or {**means, **rates}
-            golden = generate_golden(step)
+            golden = generate_golden(step, at_end=step == n_steps)
             if not evaluated:
                 log.write('eval', step=step, **means, **rates)
             evaluated = True

@@ -14,7 +14,7 @@ import torch
 
 from common import (
     BETWEEN_BATCHES, all_gather, all_sum, barrier, first_line, has_checkpoint, lock_run, on_rank_0, one_line_io_errors,
-    peak_memory_mb, sha256_tensors, write_atomic)
+    peak_memory_mb, rank_of, sha256_tensors, write_atomic)
 
 # -----------------------------------------------------------------------------
 # a run: its folder, its status, going on with it, stopping it
@@ -51,7 +51,12 @@ class StopSignal:
     Before it is first asked there is nothing to save: a signal ends the run at once. Between two batches of an
     evaluation it is asked too, and calls `leave_evaluation`, which saves and leaves.
     """
-    def __init__(self):
+    LOOK_SECONDS = 2.0                                 # between two looks at the other ranks: a stop takes ten at most
+
+    def __init__(self, clock=time.monotonic):
+        self.clock = clock
+        self.looked_at = clock()
+        self.n_between = self.steps_to_go = 1          # steps between two looks, and until the next one
         self.name = ''
         self.asked = False
         self.leave_evaluation = None
@@ -70,6 +75,23 @@ class StopSignal:
         self.asked = True
         return all_sum(bool(self.name)) > 0
 
+    def before_step(self):
+        """The same, asked before every step: the ranks hear of each other every two seconds or so, since each time is a
+        wait for all. Steps that become slower are noticed: what is measured halves or doubles the number at most."""
+        self.asked = True
+        if rank_of()[1] == 1:
+            return bool(self.name)
+        self.steps_to_go -= 1
+        if self.steps_to_go > 0:
+            return False
+        now = self.clock()
+        looks = all_gather((bool(self.name), (now - self.looked_at) / self.n_between))
+        slowest = max(1e-3, *(seconds for _, seconds in looks))        # the same number on every rank
+        self.n_between = int(min(max(self.LOOK_SECONDS / slowest, 1), 2 * self.n_between))
+        self.looked_at = now
+        self.steps_to_go = self.n_between
+        return any(signalled for signalled, _ in looks)
+
     def between_batches(self):
         if self.leave_evaluation is not None and self:
             self.leave_evaluation()
@@ -86,7 +108,7 @@ class StopSignal:
 FREE_ON_RESUME = {'resume', 'micro_batch_size', 'out_dir', 'device', 'feature_cache', 'workers', 'log_every',
                   'max_bad_samples', 'allow_failed_gates', 'epoch_samples', 'epoch_minutes', 'image_codec',
                   'audio_codec', 'tensorboard', 'timeout', 'feature_cache_gb', 'eval_first', 'init_from',
-                  'gradient_checkpointing'}
+                  'gradient_checkpointing', 'eval_share', 'n_golden_between'}
 
 
 def check_resumable(meta, settings, frozen_sha256, folder):
@@ -296,11 +318,14 @@ def frozen_sha256(model, trainable):
 # around a training step
 
 
-def measure_epoch(steps, forward_backward, optimizer, epoch_minutes, global_batch_size, evaluate, eval_every):
-    """How many samples an epoch of epoch_minutes holds, in whole steps, by the time of real steps, their data waited
-    for, and of an evaluation, which comes at the start and every eval_every steps; the slowest rank's.
+def measure_epoch(steps, forward_backward, optimizer, epoch_minutes, global_batch_size, evaluate, eval_every,
+                  eval_share):
+    """(how many samples an epoch of epoch_minutes holds, in whole steps; after how many steps an evaluation comes), by
+    the time of real steps, their data waited for, and of an evaluation, one of which stands at the start; the slowest
+    rank's.
 
-    steps: an iterator over the batches of seven steps, of which the first two warm up.
+    steps: an iterator over the batches of seven steps, of which the first two warm up. eval_every: 0 for as often as
+    evaluations take eval_share of the time.
     """
     seconds = []
     start = time.perf_counter()
@@ -314,8 +339,9 @@ def measure_epoch(steps, forward_backward, optimizer, epoch_minutes, global_batc
     evaluate()
     evaluation = max(all_gather(time.perf_counter() - start))
     step = max(all_gather(float(np.median(seconds[2:]))))      # every rank must come to the same number
+    eval_every = eval_every or max(1, math.ceil(evaluation * (1 - eval_share) / (eval_share * step)))
     n_steps = (epoch_minutes * 60 - evaluation) / (step + evaluation / eval_every)
-    return max(1, int(n_steps)) * global_batch_size    # one step at least
+    return max(1, int(n_steps)) * global_batch_size, eval_every        # one step at least
 
 
 def grad_norms(trainable, groups):

@@ -26,8 +26,8 @@ import numpy as np
 import torch
 
 from codec import load_audio_codec, load_image_codec, log_mel_distance, psnr, si_snr, ssim
-from common import canonical, init_ranks, lock_run, provenance, write_atomic
-from templates import marker_id, turn_format
+from common import canonical, exact_float32, init_ranks, lock_run, provenance, write_atomic
+from templates import marker_id, plain_tokenizer, turn_format
 
 SPECIALS = ('<|img_start|>', '<|img_end|>', '<|aud_start|>', '<|aud_end|>')
 
@@ -272,6 +272,7 @@ class UTI:
         self.space = space
         self.grammar = Grammar(space)
         self.tokenizer = tokenizer
+        self.plain = plain_tokenizer(tokenizer)
         self.image_codec = image_codec
         self.audio_codec = audio_codec
         if audio_codec:                                # code c of book k is id book_starts[k] + c
@@ -308,7 +309,7 @@ class UTI:
 
     def encode_text(self, text):
         """str -> [id]. Markers typed in it stay plain text."""
-        ids = self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+        ids = self.plain.encode(text, add_special_tokens=False, split_special_tokens=True)
         self.space.check(ids, 'text', 'encoded text')
         return ids
 
@@ -440,6 +441,7 @@ def first_usable(listed, read, n_items, bad_samples):
 
 def encode_anew(build_settings, items):
     """{modality: ids} of the items, by a UTI that is built for it: what the other process does."""
+    exact_float32()
     uti = UTI.build(**build_settings)
     encode = {'image': uti.encode_image, 'audio': uti.encode_audio}
     return {modality: encode[modality](originals)[0] for modality, originals in items.items()}

@@ -55,6 +55,14 @@ def results_on_two_ranks(function):
     return [hear.recv() for _, hear in start_ranks(function)]   # EOFError if a rank has failed; its traceback is shown
 
 
+def test_every_script_multiplies_float32_as_float32():
+    backends = torch.backends.cuda.matmul, torch.backends.cudnn
+    for backend in backends:
+        backend.allow_tf32 = True
+    init_ranks('cpu')
+    assert [backend.allow_tf32 for backend in backends] == [False, False]
+
+
 def save(folder, step):
     """A checkpoint that knows its step in its tensor and in its meta."""
     save_checkpoint(folder, {'w': torch.full((20_000,), float(step))}, {'step': step})

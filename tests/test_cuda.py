@@ -52,3 +52,13 @@ def test_attention_without_pads_is_that_with_them(lengths, monkeypatch):
     assert not decoders.has_varlen(torch.zeros(1, dtype=torch.bfloat16, device='cuda'))
     for found, wanted in zip(without_pads, outputs_and_gradients()):
         torch.testing.assert_close(found.float(), wanted.float(), rtol=2e-2, atol=2e-2)
+
+
+def test_two_deterministic_runs_on_a_gpu_are_the_same_to_the_bit(tmp_path, monkeypatch, a1_config):
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    losses = []
+    for name in 'one', 'two':
+        run_with_stubs('train_a1.py', a1_config, f'--out_dir={tmp_path}/{name}', '--device=cuda',
+                       '--deterministic=True')
+        losses.append([(record['loss'], record['grad_norm']) for record in read_log(tmp_path / name)])
+    assert losses[0] == losses[1]

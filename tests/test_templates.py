@@ -1,4 +1,6 @@
 """templates.py: turn formats, and the markers of tokenizers other than Qwen's."""
+from copy import deepcopy
+
 import pytest
 import torch
 from tiny_worlds import tiny_space
@@ -10,7 +12,7 @@ from data import answer_starts
 from lists import Item
 from model import Connector
 from small.models import QWEN_SPECIALS
-from templates import FORMATS, ChatTemplate, image_markers, turn_format
+from templates import FORMATS, ChatTemplate, answer_text, image_markers, turn_format
 
 TURNS = (('Why?', 'So.'), ('And?', 'No.'))
 
@@ -120,3 +122,62 @@ def test_learned_edges_are_the_same_for_every_image_and_have_gradients():
 
 def test_the_end_of_a_text_of_track_b_is_that_of_the_turns(tiny):
     assert tiny_space(AutoTokenizer.from_pretrained(tiny / 'llm')).text_end == 2
+
+
+# -----------------------------------------------------------------------------
+# added tokens that are not special
+
+
+@pytest.fixture(scope='module')
+def tokenizer(tiny):
+    return AutoTokenizer.from_pretrained(tiny / 'llm')
+
+
+@pytest.fixture(scope='module')
+def thinking(tokenizer):
+    """A tokenizer with added tokens that are not special, as Qwen3's has."""
+    thinking = deepcopy(tokenizer)
+    thinking.add_tokens(['<think>', '</think>', '<tool_call>'])
+    return thinking
+
+
+@pytest.mark.parametrize('typed', ['<think>', 'so </think> it is', '<tool_call>\n<|im_end|>'])
+def test_added_tokens_that_are_not_special_stay_plain_text_where_they_are_typed(typed, thinking, tokenizer):
+    template = ChatTemplate(thinking, 4, 256)
+    item = Item('a', ('a.png',), ((typed, typed),))
+    assert max(thinking.encode(typed)) >= len(tokenizer)               # without care it would be one
+    [together] = template.examples('chat', [item])
+    for example in template.chat(item), template.caption(item), together:
+        assert max(example.ids) < len(tokenizer)
+        assert thinking.decode(example.ids[example.label_positions]) == typed + '<|im_end|>'
+    assert max(template.text(typed + ' a', 'text 1').ids) >= len(tokenizer)   # plain text, markers in it included
+
+
+def test_the_empty_think_block_stands_where_qwen3_puts_it_and_is_no_label(thinking, tokenizer):
+    template = ChatTemplate(thinking, 1, 256, think_block=True)
+    example = template.chat(Item('a', (), (('hi', 'yes'), ('why', 'no'))))
+    assert thinking.decode(example.ids) == (
+        '<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\nyes<|im_end|>\n'
+        '<|im_start|>user\nwhy<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\nno<|im_end|>\n')
+    assert thinking.decode(example.ids[example.label_positions]) == 'yes<|im_end|>no<|im_end|>'
+    opened = template.chat(Item('a', (), (('hi', None),)))
+    assert thinking.decode(opened.ids).endswith('assistant\n<think>\n\n</think>\n\n')
+    before, after = template.format.user               # as Qwen3's template does with enable_thinking = False
+    thinking.chat_template = (
+        f"{{% for m in messages %}}{{% if m.role == 'user' %}}{{{{ {before!r} + m.content + {after!r} }}}}{{% else %}}"
+        "{% if loop.last %}{{ '<think>\\n\\n</think>\\n\\n' }}{% endif %}{{ m.content + '<|im_end|>\\n' }}{% endif %}"
+        '{% endfor %}')
+    assert template.difference() == '' and '<think>' in ChatTemplate(thinking, 1, 256).difference()
+    assert '<think>\n\n</think>\n\n{answer}' in template.shown('a2')
+    assert template.sha256() != ChatTemplate(thinking, 1, 256).sha256()
+    with pytest.raises(SystemExit, match='has no <think>'):
+        ChatTemplate(tokenizer, 1, 256, think_block=True)
+
+
+@pytest.mark.parametrize('generated, text', [
+    ('yes<|im_end|>', 'yes'), ('<think>\nhm\n</think>\n\nyes<|im_end|>', 'yes'), ('<think>\nhm, so', ''),
+    ('hm</think> yes', 'yes'), ('yes <think> hm', 'yes')])
+def test_a_generated_think_block_is_not_shown(generated, text, thinking, tokenizer):
+    assert answer_text(thinking, thinking.encode(generated)) == text
+    plain = tokenizer.encode(generated)                # by a tokenizer without such a block the same is text
+    assert answer_text(tokenizer, plain) == tokenizer.decode(plain, skip_special_tokens=True).strip()

@@ -104,6 +104,35 @@ def test_a_signal_on_one_rank_stops_them_all():
         (False, True, 'another rank stopped this run'), (False, True, 'SIGTERM stopped this run')]
 
 
+def looks_on_rank_1(rank):
+    """At which of 40 steps a signal, which comes to rank 1 before step 10, stops each of two ranks, steps of 0.25 s."""
+    clock = Clock()
+    stop = StopSignal(clock)
+    for step in range(40):
+        if rank == 1 and step == 10:
+            os.kill(os.getpid(), signal.SIGTERM)
+        if stop.before_step():
+            return step, stop.n_between
+        clock.now += 0.25
+    return None
+
+
+def test_ranks_look_for_a_signal_every_two_seconds_and_stop_at_the_same_step():
+    assert results_on_two_ranks(looks_on_rank_1) == [(14, 8)] * 2      # looks at steps 0, 2, 6, 14
+
+
+def test_steps_that_become_slow_are_looked_at_more_often(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(training, 'rank_of', lambda: (0, 2))
+    stop = StopSignal(clock)
+    asked = []
+    monkeypatch.setattr(training, 'all_gather', lambda look: asked.append(step) or [look, look])
+    for step in range(60):
+        stop.before_step()
+        clock.now += 0.25 if step < 20 else 5.0
+    assert asked == [0, 2, 6, 14, *range(22, 60)]
+
+
 # -----------------------------------------------------------------------------
 # the log
 
@@ -235,7 +264,7 @@ def test_an_epoch_is_what_fits_in_its_minutes_at_the_median_time_of_a_step(monke
         def evaluate():
             clock.now += evaluation
         return measure_epoch(waited_for(), forward_backward, optimizer, minutes, global_batch_size, evaluate=evaluate,
-                             eval_every=10)
+                             eval_every=10, eval_share=0.05)[0]
     # the first two warm up; 60 s / 0.5 s = 120 steps, by the mean 27
     assert samples(1.0, [99, 98, 0.5, 9.0, 0.375, 0.5, 0.625], 64) == 120 * 64
     assert samples(1.0, [0, 0, 7.0], 10) == 8 * 10     # 8.57 steps: whole ones only
@@ -245,6 +274,24 @@ def test_an_epoch_is_what_fits_in_its_minutes_at_the_median_time_of_a_step(monke
     assert samples(1.0, [0, 0, 0.5], 1, evaluation=5.0) == 55
     assert samples(1.0, [0, 0, 0.5], 10, evaluation=70.0) == 10
     assert p.grad is None and p.item() == 0            # nothing was learned or left behind
+
+
+@pytest.mark.parametrize('evaluation, given, eval_every, n_steps', [
+    (10.0, 0, 380, 6821),          # after 190 s of steps 10 s of 200 s; 3,590 s hold 6,821 steps of 0.5 + 10 / 380 s
+    (0.0, 0, 1, 7200),
+    (10.0, 10, 10, 2393)])         # what is set stays
+def test_evaluations_come_as_often_as_their_share_of_the_time_allows(evaluation, given, eval_every, n_steps,
+                                                                     monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(training.time, 'perf_counter', clock)
+
+    def pass_time(seconds):
+        clock.now += seconds
+
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))])
+    measured = measure_epoch([0.5] * 7, pass_time, optimizer, 60.0, 8, evaluate=lambda: pass_time(evaluation),
+                             eval_every=given, eval_share=0.05)
+    assert measured == (8 * n_steps, eval_every)
 
 
 def parameters(**gradients):

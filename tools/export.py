@@ -106,7 +106,9 @@ def export_graft(vlm, adapter, folder, run, meta):
     """
     model = meta['model']
     n_image_tokens = model['shape']['num_image_tokens']
-    chat_template = ChatTemplate(load_tokenizer(model['llm']), n_image_tokens, meta['settings']['max_seq_len'])
+    think_block = meta['settings'].get('think_block', False)
+    chat_template = ChatTemplate(load_tokenizer(model['llm']), n_image_tokens, meta['settings']['max_seq_len'],
+                                 think_block)
     template = chat_template.shown(meta['stage'])
     trained_in = require_frozen(frozen_parameters(vlm), meta['frozen_sha256'], run)
     with whole_folder(folder) as beside:               # becomes `folder` at the end of the block, or is gone
@@ -120,7 +122,8 @@ def export_graft(vlm, adapter, folder, run, meta):
         files = {path.name: sha256_file(path) for path in sorted(beside.iterdir())}
         config = {
             'stage': meta['stage'], 'step': meta['step'], 'model': model, 'template': template,
-            'max_seq_len': meta['settings']['max_seq_len'], 'dtype': meta['settings']['dtype'],
+            'max_seq_len': meta['settings']['max_seq_len'],
+            'think_block': think_block, 'dtype': meta['settings']['dtype'],
             'frozen_sha256': meta['frozen_sha256'], 'frozen_dtype': trained_in, 'files': files}
         (beside / 'config.json').write_text(json.dumps(config, indent=1) + '\n')
         n_connector = sum(tensor.numel() for tensor in vlm.connector.parameters())
@@ -151,7 +154,8 @@ def load_exported(folder, llm='', vision='', device='cpu', dtype='auto'):
     vlm.connector.load_state_dict(load_file(folder / 'connector.safetensors'))
     if config['stage'] == 'a2':
         PeftModel.from_pretrained(vlm.llm, folder)     # puts LoRA into the language model in its place
-    return VisionChat(vlm.to(device), model['llm'], model['vision'], config['max_seq_len'])
+    return VisionChat(vlm.to(device), model['llm'], model['vision'], config['max_seq_len'],
+                      config.get('think_block', False))
 
 
 def read_config(folder):

@@ -75,8 +75,9 @@ def make_tower(folder, shape, n_layers):
 
 
 def make_image_codec(folder):
-    """The VQ of Janus-Pro inside the checkpoint of a larger model: 24 x 24 codes of 16,384 for 384 x 384 pixels."""
-    config = JanusVQVAEConfig(num_patches=24)
+    """The VQ of Janus-Pro inside the checkpoint of a larger model, one block of two at each width: 24 x 24 codes of
+    16,384 for 384 x 384 pixels."""
+    config = JanusVQVAEConfig(num_patches=24, num_res_blocks=1)
     model = JanusVQVAE(config)
     folder.mkdir(parents=True)
     tensors = {f'model.vqmodel.{name}': tensor.contiguous() for name, tensor in model.state_dict().items()}

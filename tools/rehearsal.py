@@ -10,12 +10,13 @@ writes  root/{world.json,configs/,data/,out/,<base models>,logs/,table.md}
 done    when every stage has come to its last gate; exits 1 when one crashed or failed an exact gate
 
 $ python -m tools.rehearsal
-$ python -m tools.rehearsal --size=8b --examples_per_step=0 --nproc_per_node=8
+$ python -m tools.rehearsal --size=8b --examples_per_step=0 --nproc_per_node=8 --side_by_side=False
 """
 import json
 import shutil
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from transformers import Qwen3Config, SiglipVisionConfig
@@ -33,6 +34,8 @@ REPO = Path(__file__).resolve().parent.parent
 SCRIPTS = {'a1': 'train_a1.py', 'a11': 'sweep_a11.py', 'a2': 'train_a2.py', 'b1': 'uti.py', 'b2': 'build_b2.py',
            'b3': 'train_b3.py', 'b4': 'train_b4.py', 'sample': 'sample.py', 'export': 'sample.py'}
 TRAINING = ('a1', 'a2', 'b3', 'b4')
+TRACKS = (('a1', 'a2', 'a11'), ('b1', 'b2', 'b3', 'b4'))
+AT_THE_END = ('sample', 'export')
 ALONE = ('a11', 'b1', 'sample', 'export')            # one process, however many ranks the others take
 DATA_SIZE = {'a1': 558_128, 'a2': 157_712}             # samples of what the real configs name
 # no setting opens these, and random weights, or a few items, need not pass them
@@ -101,19 +104,45 @@ def commands(stage):
 
 
 def run_stage(stage):
-    """({what tools/timed.py noted, added up over the stage's runs}, what went wrong or '')."""
-    times = {}
-    problem = ''
+    """What went wrong, or ''. What tools/timed.py notes of it is in logs/."""
     for n, arguments in enumerate(commands(stage)):
         log = Path(root) / 'logs' / f'{stage}{n or ""}.txt'
         log.parent.mkdir(exist_ok=True)
         path = log.with_suffix('.json').resolve()
         ranks = 1 if stage in ALONE else nproc_per_node
         status = timed.start(path, REPO / SCRIPTS[stage], arguments, folder=root, log=log, ranks=ranks)
-        problem = problem or problem_of(stage, status, log)
-        if path.exists():
-            times.update(json.loads(path.read_text()))
-    return times, problem
+        if problem := problem_of(stage, status, log):
+            path.unlink(missing_ok=True)
+            return problem
+    return ''
+
+
+def run_stages(chosen):
+    """Run them one after the other; a line for each that did not come to its last gate."""
+    problems = []
+    for stage in chosen:
+        start = time.time()
+        shutil.rmtree(Path(root) / 'out' / f'{stage}_qwen3_{size}', ignore_errors=True)
+        if stage == 'export':
+            for path in Path(root).glob('out/*_export'):
+                shutil.rmtree(path)
+        problem = run_stage(stage)
+        print(f'{stage}: {problem or "to its last gate"}; {time.time() - start:.0f} s', flush=True)
+        if problem:
+            problems.append(f'{stage}: {problem}')
+    return problems
+
+
+def rows_so_far():
+    """The lines of the stages that have come to their end, in this start or an earlier one."""
+    rows = []
+    for stage in SCRIPTS:
+        noted = [json.loads(path.read_text()) for path in sorted(Path(root).glob(f'logs/{stage}.json'))]
+        noted += [json.loads(path.read_text()) for path in sorted(Path(root).glob(f'logs/{stage}[0-9].json'))
+                  if stage in ('sample', 'export')]
+        if noted:
+            rows.append(row_of(stage, noted))
+    return rows
 
 
 def problem_of(stage, status, log):
@@ -181,13 +210,15 @@ def dtype_here(device):
     return frozen_dtype('auto', torch.device(device))
 
 
-def row_of(stage, times):
-    """The cells of a stage's line."""
+def row_of(stage, noted):
+    """The cells of a stage's line. noted: by tools/timed.py, of each run of the stage."""
+    times = noted[0]
     seconds = times['seconds']
-    phases = [f'{seconds[name]:.1f}' for name in ('start', 'data', 'step', 'evaluation', 'checkpoint', 'rest')]
-    cells = [stage.upper(), *phases, f'{times["cpu_seconds"]:.0f}']
+    total = f'{sum(run["seconds"]["total"] for run in noted):.0f}'
     if not times['n_steps']:
-        return [stage.upper(), *[''] * 5, f'{seconds["total"]:.1f}', cells[-1], '', '', '', '']
+        return [stage.upper(), *[''] * 6, total]
+    phases = [f'{seconds[name]:.1f}' for name in ('start', 'data', 'step', 'evaluation', 'checkpoint', 'rest')]
+    cells = [stage.upper(), *phases, total]
     settings, _ = read_settings(stage, REPO / f'configs/{stage}_qwen3_{size}.py')
     micro_batch = times['micro_batch']
     peak = times['memory_mb']['steps'] - times['memory_mb']['before']
@@ -202,7 +233,7 @@ def row_of(stage, times):
     return [*cells, f'{each:.3g}', f'{an_epoch:,.0f}', once]
 
 
-HEAD = ['stage', 'start', 'data', 'step', 'evaluation', 'checkpoint', 'rest', 'CPU s', 'peak MB', 'formula MB',
+HEAD = ['stage', 'start', 'data', 'step', 'evaluation', 'checkpoint', 'rest', 'all', 'peak MB', 'formula MB',
         'full depth: s an example', 'examples in `epoch_minutes`', 'h for all of its data']
 
 
@@ -221,9 +252,10 @@ if __name__ == '__main__':
     steps = 3                      # of each training stage
     examples_per_step = 8          # 0 for the configs' own global_batch_size and micro_batch_size: a GPU can
     n_held_out = 8                 # items to evaluate on: 8 are the fewest that gates take
-    n_pictures = 48
-    n_sounds = 24
+    n_pictures = 32
+    n_sounds = 16
     tokenizer = ''                 # folder of Qwen3's own; '' for a stand-in with as many ids
+    side_by_side = True            # tracks A and B at once: half the time on two cores; False where they share a GPU
     nproc_per_node = 1             # GPUs, or processes of a CPU, of each stage that takes several
     config = configure(globals())
     # -----------------------------------------------------------------------------
@@ -241,26 +273,21 @@ if __name__ == '__main__':
                  tokenizer=tokenizer)
         write_atomic(made, json.dumps(world))
         print(f'made base models, codecs and data in {time.time() - start:.0f} s: random weights, real widths')
-    rows = []
-    problems = {}
-    for stage in stages:
-        shutil.rmtree(Path(root) / 'out' / f'{stage}_qwen3_{size}', ignore_errors=True)
-        if stage == 'export':
-            for path in Path(root).glob('out/*_export'):
-                shutil.rmtree(path)
-        times, problem = run_stage(stage)
-        verdict = problem or 'to its last gate'
-        print(f'{stage}: {verdict}; {time.time() - start:.0f} s', flush=True)
-        if problem:
-            problems[stage] = problem
-            continue
-        rows.append(row_of(stage, times))
+    chosen = [[stage for stage in track if stage in stages] for track in TRACKS]
+    if side_by_side and all(chosen):
+        with ThreadPoolExecutor(2) as threads:
+            found = list(threads.map(run_stages, chosen))
+    else:
+        found = [run_stages(track) for track in chosen]
+    found.append(run_stages([stage for stage in AT_THE_END if stage in stages]))
+    problems = [line for lines in found for line in lines]
     here = provenance()
-    text = (f'{table(rows)}\n\n{layers} of the layers of {llm} and of the tower; seconds. Computed, not measured: the '
-            f'formula of tools/memory.py, and what is right of it, the time of a step by its multiplications at full '
-            f'depth.\n{here["device"]}, torch {here["torch"]}, commit {here["commit"]}, {here["date"]}.')
+    text = (f'{table(rows_so_far())}\n\n{layers} of the layers of {llm} and of the tower; seconds, on a CPU those of '
+            f'its cores. Computed, not measured: the formula of tools/memory.py, and what is right of it, the time of '
+            f'a step by its multiplications at full depth.\n{here["device"]}, torch {here["torch"]}, commit '
+            f'{here["commit"]}, {here["date"]}.')
     write_atomic(Path(root) / 'table.md', text + '\n')
     print(f'\n{text}')
-    for stage, problem in problems.items():
-        print(f'{stage}: {problem}')
+    for line in problems:
+        print(line)
     sys.exit(1 if problems else 0)

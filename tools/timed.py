@@ -2,7 +2,8 @@
 Run a script and note where its time and its memory went: what tools/rehearsal.py makes its table from.
 
 reads   what the script reads
-writes  TIMES, a JSON object of seconds by phase, CPU seconds, memory, and the largest micro-batch; of rank 0
+writes  TIMES, a JSON object of seconds by phase (on a CPU those of the processor: what else runs there takes no part),
+        memory, and the largest micro-batch; of rank 0
 done    when the script is; its exit status is the script's
 
 $ python -m tools.timed out/times.json train_a1.py configs/a1_small.py
@@ -21,7 +22,7 @@ import torch
 import common
 import training
 
-BEGAN = time.perf_counter()
+BEGAN = {time.perf_counter: time.perf_counter(), time.process_time: 0.0}
 
 
 def memory_mb(device, field='VmRSS'):
@@ -45,8 +46,9 @@ def forget_peak(device):
 
 
 class Times:
-    """Seconds by phase, since this module was imported."""
+    """Seconds by phase, since this process began."""
     def __init__(self):
+        self.clock = time.process_time
         self.seconds = dict.fromkeys(('start', 'data', 'step', 'evaluation', 'checkpoint'), 0.0)
         self.n_steps = 0
         self.memory = {}
@@ -61,12 +63,16 @@ class Times:
                                 'labels': len(batch.labels) - n_codes, 'codes': n_codes}
 
     def record(self):
-        total = time.perf_counter() - BEGAN
-        used = resource.getrusage(resource.RUSAGE_SELF)
+        total = self.since_start()
+        if self.clock == time.process_time:            # what a script starts counts when it has ended
+            children = resource.getrusage(resource.RUSAGE_CHILDREN)
+            total += children.ru_utime + children.ru_stime
         rest = total - sum(self.seconds.values())
         return {'seconds': {**self.seconds, 'rest': rest, 'total': total}, 'n_steps': self.n_steps,
-                'cpu_seconds': used.ru_utime + used.ru_stime, 'memory_mb': self.memory,
-                'micro_batch': self.micro_batch, 'device': self.device.type}
+                'memory_mb': self.memory, 'micro_batch': self.micro_batch, 'device': self.device.type}
+
+    def since_start(self):
+        return self.clock() - BEGAN[self.clock]
 
 
 def timed_meter(times, text_rows):
@@ -74,30 +80,33 @@ def timed_meter(times, text_rows):
     class TimedMeter(training.Meter):
         def __init__(self):
             super().__init__()
-            times.seconds['start'] = self.since - BEGAN
-            self.paused = self.since
+            times.seconds['start'] = times.since_start()
+            self.resumed = self.paused = times.clock()
             self.in_checkpoint = 0.0
 
         def pause(self):
             super().pause()
-            self.paused = self.clock()
-            times.seconds['step'] += self.paused - self.since
+            self.paused = times.clock()
+            times.seconds['step'] += self.paused - self.resumed
+            self.resumed = self.paused                 # read() pauses and begins a new window
             if times.n_steps:
                 times.memory['steps'] = memory_mb(times.device, 'VmHWM')
             self.in_checkpoint = times.seconds['checkpoint']
 
         def go_on(self):
             super().go_on()
+            self.resumed = times.clock()
             saved = times.seconds['checkpoint'] - self.in_checkpoint
-            times.seconds['evaluation'] += self.since - self.paused - saved
+            times.seconds['evaluation'] += self.resumed - self.paused - saved
             if not times.n_steps:
                 forget_peak(times.device)
 
         def next_of(self, batches_of_steps):
-            before = self.waited
+            start = times.clock()
             batches = super().next_of(batches_of_steps)
-            times.seconds['data'] += self.waited - before
-            times.seconds['step'] -= self.waited - before
+            waited = times.clock() - start
+            times.seconds['data'] += waited
+            times.seconds['step'] -= waited
             return batches
 
         def add(self, loss, n_labels, batches):
@@ -114,16 +123,17 @@ def run(path, script, args, text_rows=151_936):
     times = Times()
     init_ranks, save_checkpoint, meter = common.init_ranks, common.save_checkpoint, training.Meter
 
-    def note_device(device='auto'):
-        found = init_ranks(device)
+    def note_device(*asked):
+        found = init_ranks(*asked)
         times.device = found[2]
+        times.clock = time.perf_counter if times.device.type == 'cuda' else time.process_time
         times.memory['before'] = memory_mb(times.device)
         return found
 
     def timed_save(*what):
-        start = time.perf_counter()
+        start = times.clock()
         save_checkpoint(*what)
-        times.seconds['checkpoint'] += time.perf_counter() - start
+        times.seconds['checkpoint'] += times.clock() - start
 
     common.init_ranks, common.save_checkpoint, training.Meter = note_device, timed_save, timed_meter(times, text_rows)
     argv, sys.argv = sys.argv, [str(script), *args]
