@@ -205,7 +205,8 @@ else:
 if gradient_checkpointing:
     checkpoint_layers(model.llm)
 trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
-frozen_before = frozen_sha256(model, trainable)
+# beside LoRA the same weights are frozen as before it: they are hashed once
+frozen_before = frozen_sha256(model, trainable) if full_tune else base_sha256
 norm_groups = {'rows': 'new_', 'lora': 'llm.'}         # the log has a gradient norm for each
 
 
