@@ -24,6 +24,7 @@ import torch
 import torch.distributed as dist
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
+from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 from watch import WATCH
@@ -170,7 +171,8 @@ def reduce_gradients(parameters):
     """Add up every gradient over the ranks, in one message; a parameter that had none on this rank counts as zero."""
     if not dist.is_initialized():
         return
-    parameters = list(parameters)
+    # the gradients of weights in shards are sums over the ranks already: see sharding.py
+    parameters = [p for p in parameters if not isinstance(p, DTensor)]
     # the first numbers of the message say which parameters had a gradient on any rank
     had_gradient = torch.tensor([float(p.grad is not None) for p in parameters], device=parameters[0].device)
     pieces = [had_gradient]
@@ -215,8 +217,10 @@ def sha256_tensors(named, dtype=None):
         if dtype is not None:
             tensor = tensor.to(dtype)
         digest.update(f'{name} {tuple(tensor.shape)} {tensor.dtype}'.encode())
-        # numpy has no bfloat16: the bytes are taken as they are
-        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+        # numpy has no bfloat16: the bytes are taken as they are; and a tensor that has been .numpy() keeps its size for
+        # ever, while weights in shards come and go
+        content = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
+        digest.update(np.from_dlpack(content).tobytes())
     return digest.hexdigest()
 
 
@@ -339,11 +343,11 @@ def beside_of(folder):
     return folder.with_name(f'.{folder.name}.tmp')
 
 
-def save_checkpoint(folder, tensors, meta):
+def save_checkpoint(folder, tensors, meta, write_more=None):
     """Write `folder`/{meta.json, <name>.pt ...} with a sha256 manifest; the one that was there becomes `folder`.prev.
 
     tensors: {name: what torch.save takes, loadable with weights_only=True}; meta: JSON-able. Written beside, flushed,
-    renamed: a kill at any moment leaves a whole checkpoint.
+    renamed: a kill at any moment leaves a whole checkpoint. write_more(folder): writes files that belong to it.
     """
     folder = Path(folder)
     beside = beside_of(folder)
@@ -354,9 +358,12 @@ def save_checkpoint(folder, tensors, meta):
         beside.mkdir(parents=True)
         for name, value in tensors.items():
             torch.save(value, beside / f'{name}.pt')
+        if write_more is not None:
+            write_more(beside)
         (beside / 'meta.json').write_text(json.dumps(meta, indent=1))
         # torch.load takes a file with a flipped bit for whole: the manifest is what tells
-        manifest = {path.name: sha256_file(path) for path in sorted(beside.iterdir())}
+        files = [path for path in sorted(beside.rglob('*')) if path.is_file()]
+        manifest = {str(path.relative_to(beside)): sha256_file(path) for path in files}
         (beside / 'manifest.json').write_text(json.dumps(manifest, indent=1))
         flush_files(beside)
         put_in_place(beside, folder)

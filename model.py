@@ -29,6 +29,7 @@ from decoders import (
     SHORT, embedding_rms, hidden_states, load_config, load_llm, precision_of, pretrained, text_losses)
 from examples import picture_keys, remember_pictures
 from media import BadSample, read_image
+from sharding import back_to_shards, make_whole
 
 # -----------------------------------------------------------------------------
 # attention without a mask
@@ -276,8 +277,11 @@ class VLM(nn.Module):
         return precision_of(self.llm)
 
     def train(self, mode=True):
-        """Frozen parts stay in eval mode: only a part with something to learn follows."""
+        """Frozen parts stay in eval mode: only a part with something to learn follows. Weights in shards are whole in
+        eval mode."""
         self.training = mode
+        if self.llm is not None:
+            (back_to_shards if mode else make_whole)(self.llm)
         for part in self.tower, self.connector, self.llm:
             if part is not None:                       # no tower with a feature cache, neither with text alone
                 part.train(mode and any(p.requires_grad for p in part.parameters()))

@@ -35,6 +35,7 @@ from decoders import (
 from grounding import Prediction
 from inference import sum_by_example
 from media import contact_sheet, write_picture, write_sound
+from sharding import back_to_shards, make_whole
 from shards import prompt_of, with_media, with_prompt
 from templates import answer_text
 from uti import TASKS, TokenSpace
@@ -76,7 +77,8 @@ class TokenModel(nn.Module):
         return precision_of(self.llm)
 
     def train(self, mode=True):
-        """A language model with nothing to learn stays in eval mode."""
+        """A language model with nothing to learn stays in eval mode. Weights in shards are whole in eval mode."""
+        (back_to_shards if mode else make_whole)(self.llm)
         self.training = mode                           # LoRA's dropout, or layers tuned whole
         self.llm.train(mode and any(p.requires_grad for p in self.llm.parameters()))
         return self
@@ -479,7 +481,8 @@ def stock_model(model, pad_token_id=None):
     def with_new_rows(base, rows):
         return torch.cat([base, rows.to(base.dtype)])                                           # (V + new, D)
 
-    weights = llm.state_dict()                         # a new dict of the same tensors
+    # tuned layers are masters in float32; no state_dict(), which gives weights in shards as shards
+    weights = {name: p.detach().to(llm.dtype) for name, p in llm.named_parameters()}
     name_of = {module: name for name, module in llm.named_modules()}
     for layer, rows in (llm.get_input_embeddings(), model.new_in), (llm.get_output_embeddings(), model.new_out):
         weights[f'{name_of[layer]}.weight'] = with_new_rows(layer.weight, rows)

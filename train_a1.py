@@ -29,6 +29,7 @@ from inference import ablation_means, caption_keys, crossed_losses, image_ablati
 from media import BadSamples, contact_sheet
 from decoders import checkpoint_layers, load_tokenizer
 from model import cache_features, image_reading, image_settings, load_vlm
+from sharding import shard_layers, step_together
 from training import (
     Log, Meter, StopSignal, check_resumable, check_same_data, check_same_parts, clip_gradients, frozen_sha256,
     grad_norms, measure_epoch, names_with_gradient, open_run, parameter_groups, require_not_negative,
@@ -93,6 +94,7 @@ gate_own_truth = 0.05          # how much nearer captions are to their own truth
 # machine
 device = 'auto'
 dtype = 'auto'                 # of frozen weights: bfloat16 where the device multiplies it; what learns is float32
+shard = False                  # True: in training each rank holds a part of the layers' weights; whole in evaluations
 gradient_checkpointing = False  # True: layers are computed again on the way back: less memory, up to half more time
 feature_cache = ''             # folder for the tower's features, each image once; '' runs the tower every step
 feature_cache_gb = 200.0       # where the features would take more than this, the tower runs every step as well
@@ -148,13 +150,17 @@ connector_shape = {
     'learned_edges': template.learned_edges,
 }
 model_args = {'llm': llm, 'vision': vision, 'tower_layer': tower_layer, 'shape': connector_shape}
-model = load_vlm(**model_args, dtype=dtype, device=device)
+model = load_vlm(**model_args, dtype=dtype, device='cpu' if shard else device)
 if gradient_checkpointing:
     checkpoint_layers(model.llm)
 trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
 frozen_before = frozen_sha256(model, trainable)
+if shard:                                              # after the hash: from here on each rank has a part
+    shard_layers(model.llm, device)
+    model.to(device)
+    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
 parts = sorted({name.split('.')[1] for name in trainable})
 norm_groups = {part: f'connector.{part}' for part in parts}   # the log has a gradient norm for each
 cache = None
@@ -196,10 +202,11 @@ def forward_backward(batches):
     """Gradients of the whole step's loss, sum over its labels / their count over all ranks; returns the loss."""
     n_labels = all_sum(sum(batch.n_labels for batch in batches))
     loss = torch.zeros((), device=device, dtype=torch.float64)
-    for batch in batches:
-        loss_sum = model(batch.to(device))
-        (loss_sum / max(n_labels, 1)).backward()
-        loss += loss_sum.detach()
+    with step_together(model.llm, len(batches)):
+        for batch in batches:
+            loss_sum = model(batch.to(device))
+            (loss_sum / max(n_labels, 1)).backward()
+            loss += loss_sum.detach()
     reduce_gradients(trainable.values())               # a sum: the division above was by the labels of all ranks
     return all_sum(loss) / max(n_labels, 1), n_labels
 
@@ -342,6 +349,7 @@ progress.close()
 
 # gates
 predictions += predict(eval_set[:n_predictions], out / 'predictions.jsonl')[0]
+model.eval()                                           # on every rank: rank 0 judges and exports alone
 status = 0
 if rank == 0:
     declared = {f'connector.{name}' for name, _ in model.connector.named_parameters()}

@@ -36,6 +36,7 @@ from lists import read_text_lines
 from media import BadSamples, contact_sheet
 from decoders import checkpoint_layers, load_tokenizer, lora
 from model import cache_features, image_reading, image_settings, load_vlm
+from sharding import shard_layers, step_together
 from training import (
     Log, Meter, StopSignal, check_resumable, check_same_data, check_same_parts, clip_gradients, frozen_sha256,
     grad_norms, measure_epoch, names_with_gradient, open_run, parameter_groups, require_not_negative,
@@ -105,6 +106,7 @@ gate_own_truth = 0.05          # how much nearer answers are to their own truth 
 # machine
 device = 'auto'
 dtype = 'auto'                 # of frozen weights: bfloat16 where the device multiplies it; what learns is float32
+shard = False                  # True: in training each rank holds a part of the layers' weights; whole in evaluations
 gradient_checkpointing = False  # True: layers are computed again on the way back: less memory, up to half more time
 feature_cache = ''             # folder for the tower's features, each image once; '' runs the tower every step
 feature_cache_gb = 200.0       # where the features would take more than this, the tower runs every step as well
@@ -160,7 +162,7 @@ data_seen = on_rank_0(data_fingerprint, examples, out / 'split.json')   # a resu
 data_seen |= on_rank_0(files_fingerprint, text_jsonl=text_jsonl, replay_jsonl=replay_jsonl)
 
 # model: tower and language model are frozen, connector and LoRA learn
-model = load_vlm(**model_args, dtype=dtype, device=device)
+model = load_vlm(**model_args, dtype=dtype, device='cpu' if shard else device)
 model.connector.load_state_dict(aligned['connector'])
 seed_everything(seed, 'lora')
 adapter = lora(model.llm, lora_r, lora_alpha, dropout=lora_dropout, targets=lora_targets)
@@ -171,6 +173,10 @@ frozen_before = frozen_sha256(model, trainable)
 if frozen_before != align_meta['frozen_sha256']:
     raise SystemExit(f'{align_dir} was aligned to other weights than those of {model_args["llm"]} and '
                      f'{model_args["vision"]} today: restore them, or align again')
+if shard:                                              # after the hash: from here on each rank has a part
+    shard_layers(model.llm, device)
+    model.to(device)
+    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
 norm_groups = {'connector': 'connector.', 'lora': 'llm.'}   # the log has a gradient norm for each
 cache = None
 if feature_cache:
@@ -213,10 +219,11 @@ def forward_backward(batches):
     """Gradients of the whole step's loss, sum over its labels / their count over all ranks; returns the loss."""
     n_labels = all_sum(sum(batch.n_labels for batch in batches))
     loss = torch.zeros((), device=device, dtype=torch.float64)
-    for batch in batches:
-        loss_sum = model(batch.to(device))
-        (loss_sum / max(n_labels, 1)).backward()
-        loss += loss_sum.detach()
+    with step_together(model.llm, len(batches)):
+        for batch in batches:
+            loss_sum = model(batch.to(device))
+            (loss_sum / max(n_labels, 1)).backward()
+            loss += loss_sum.detach()
     reduce_gradients(trainable.values())               # a sum: the division above was by the labels of all ranks
     return all_sum(loss) / max(n_labels, 1), n_labels
 
@@ -378,6 +385,7 @@ predictions += predict(eval_set[:n_predictions], out / 'predictions.jsonl')[0]
 text = text_loss()
 with adapter.disable_adapter():
     base_text = text_loss()
+model.eval()                                           # on every rank: rank 0 judges and exports alone
 status = 0
 if rank == 0:
     names = [name for name, _ in model.named_parameters()]

@@ -24,6 +24,7 @@ from configure import configure
 from data import Loader, files_fingerprint
 from grounding import crossed_share, distinct, matching_sets, retrieval
 from decoders import checkpoint_layers, load_tokenizer
+from sharding import shard_layers, step_together
 from shards import (
     MixtureSampler, label_counts, load_space, passes_line, require_enough, shards_fingerprint, task_shares,
     text_examples, token_sets)
@@ -96,6 +97,7 @@ gate_malformed = 0.95          # ... and those of stammering, empty and cut ones
 # machine
 device = 'auto'
 dtype = 'auto'                 # of frozen weights: bfloat16 where the device multiplies it; what learns is float32
+shard = False                  # True: in training each rank holds a part of the layers' weights; whole in evaluations
 gradient_checkpointing = False  # True: layers are computed again on the way back: less memory, up to half more time
 deterministic = False          # True: the same bits on a GPU each time, which is slower; a CPU's always are
 log_every = 20
@@ -148,11 +150,16 @@ def mixture(n_steps):
 # model: the language model is frozen, the new rows learn
 seed_everything(seed, 'rows')
 model_args = {'llm': llm, 'typed_head': typed_head}
-model = load_token_model(**model_args, space=space, noise=new_rows_noise, dtype=dtype, device=device)
+model = load_token_model(**model_args, space=space, noise=new_rows_noise, dtype=dtype,
+                         device='cpu' if shard else device)
 if gradient_checkpointing:
     checkpoint_layers(model.llm)
 trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
 frozen_before = frozen_sha256(model, trainable)
+if shard:                                              # after the hash: from here on each rank has a part
+    shard_layers(model.llm, device)
+    model.to(device)
+    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
 norm_groups = {'new_in': 'new_in', 'new_out': 'new_out'}   # the log has a gradient norm for each
 # which rows have had a gradient so far, for the deliverable
 touched = {name: torch.zeros(len(p), dtype=torch.bool, device=device) for name, p in trainable.items()}
@@ -193,10 +200,11 @@ def forward_backward(batches):
     """Gradients of the whole step's loss, sum over its labels / their count over all ranks; returns the loss."""
     n_labels = all_sum(sum(batch.n_labels for batch in batches))
     loss = torch.zeros((), device=device, dtype=torch.float64)
-    for batch in batches:
-        loss_sum = model(batch.to(device))
-        (loss_sum / max(n_labels, 1)).backward()
-        loss += loss_sum.detach()
+    with step_together(model.llm, len(batches)):
+        for batch in batches:
+            loss_sum = model(batch.to(device))
+            (loss_sum / max(n_labels, 1)).backward()
+            loss += loss_sum.detach()
     reduce_gradients(trainable.values())               # a sum: the division above was by the labels of all ranks
     return all_sum(loss) / max(n_labels, 1), n_labels
 
@@ -381,6 +389,7 @@ progress.close()
 
 # gates
 text = text_difference(model, text_set, rank, world_size)
+model.eval()                                           # on every rank: rank 0 judges and exports alone
 status = 0
 if rank == 0:
     verdicts = [gates.at_most('text log probabilities, largest difference from the base', text, gate_text)]

@@ -23,11 +23,12 @@ from peft import get_peft_model_state_dict, set_peft_model_state_dict
 import gates
 from common import (
     Progress, all_sum, frozen_dtype, init_ranks, load_checkpoint, on_rank_0, provenance, reduce_gradients,
-    save_checkpoint, seed_everything, shutdown_ranks)
+    seed_everything, shutdown_ranks)
 from configure import configure
 from data import Loader, files_fingerprint, plain_texts
 from grounding import crossed_share, distinct, matching_sets, retrieval, shared_phrases
 from decoders import checkpoint_layers, load_tokenizer, lora
+from sharding import places_of, read_shards, save_with_shards, shard_layers, step_together
 from shards import (
     MixtureSampler, label_counts, load_space, passes_line, require_enough, shards_fingerprint, task_shares,
     text_examples, token_sets, with_prompt)
@@ -121,6 +122,7 @@ gate_spectral_std = 6.0        # of a sound's spectrum, in dB; noise has about 5
 # machine
 device = 'auto'
 dtype = 'auto'                 # of frozen weights: bfloat16 where the device multiplies it; what learns is float32
+shard = False                  # True: in training each rank holds a part of the layers' weights; whole in evaluations
 gradient_checkpointing = False  # True: layers are computed again on the way back: less memory, up to half more time
 deterministic = False          # True: the same bits on a GPU each time, which is slower; a CPU's always are
 log_every = 20
@@ -192,7 +194,7 @@ def mixture(n_steps):
 
 # model: the language model starts frozen, with the rows of B3; then LoRA joins it, or its layers begin to learn
 seed_everything(seed, 'lora')
-model = load_token_model(**model_args, space=space, dtype=dtype, device=device)
+model = load_token_model(**model_args, space=space, dtype=dtype, device='cpu' if shard else device)
 base_sha256 = frozen_sha256(model, {'new_in', 'new_out'})
 if load_new_rows(model, new_rows_dir)['base_sha256'] != base_sha256:
     raise SystemExit(f'{new_rows_dir} was made on other weights than those of {llm} today, or in another dtype: '
@@ -207,6 +209,10 @@ if gradient_checkpointing:
 trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
 # beside LoRA the same weights are frozen as before it: they are hashed once
 frozen_before = frozen_sha256(model, trainable) if full_tune else base_sha256
+if shard:                                              # after the hash: from here on each rank has a part
+    shard_layers(model.llm, device)
+    model.to(device)
+    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
 norm_groups = {'rows': 'new_', 'lora': 'llm.'}         # the log has a gradient norm for each
 
 
@@ -246,10 +252,12 @@ evaluated = False              # whether the log has the evaluation of this step
 with_gradient = set()          # names of what has had a gradient so far: everything trainable has to get there
 at_start = {}                  # the first evaluation's means: of the B3 run, since LoRA begins as nothing
 if resume:
-    tensors, meta, used = load_checkpoint(out / 'ckpt', device)
+    tensors, meta, used = load_checkpoint(out / 'ckpt', 'cpu' if shard else device)
     check_resumable(meta, config, frozen_before, used)
     space.require(TokenSpace.of_fields(meta['token_space']), used)
     check_same_data(meta, data_seen, used)
+    if full_tune:                                      # of which a part is in shards, here or where it was saved
+        tensors = read_shards(tensors, used, places_of(tuned_state(), optimizer))
     model.load_new_rows_state(tensors['new_rows'], used)
     optimizer.load_state_dict(tensors['optimizer'])
     load_tuned_state(tensors['tuned'])
@@ -265,10 +273,11 @@ def forward_backward(batches):
     """Gradients of the whole step's loss, sum over its labels / their count over all ranks; returns the loss."""
     n_labels = all_sum(sum(batch.n_labels for batch in batches))
     loss = torch.zeros((), device=device, dtype=torch.float64)
-    for batch in batches:
-        loss_sum = model(batch.to(device))
-        (loss_sum / max(n_labels, 1)).backward()
-        loss += loss_sum.detach()
+    with step_together(model.llm, len(batches)):
+        for batch in batches:
+            loss_sum = model(batch.to(device))
+            (loss_sum / max(n_labels, 1)).backward()
+            loss += loss_sum.detach()
     reduce_gradients(trainable.values())               # a sum: the division above was by the labels of all ranks
     return all_sum(loss) / max(n_labels, 1), n_labels
 
@@ -358,9 +367,9 @@ def first_evaluation():
 
 def save(state):
     """out/ckpt and status.json. On every rank."""
-    if rank == 0 and step > first_step:
+    if step > first_step:
         tensors = {'new_rows': model.new_rows_state(), 'tuned': tuned_state(), 'optimizer': optimizer.state_dict()}
-        save_checkpoint(out / 'ckpt', tensors, {
+        save_with_shards(out / 'ckpt', tensors, {
             'stage': 'b4', 'model': model_args, 'step': step, 'n_steps': n_steps, 'epoch_samples': epoch_samples,
             'eval_every': eval_every,
             'settings': config, 'frozen_sha256': frozen_before, 'with_gradient': sorted(with_gradient),
@@ -463,6 +472,7 @@ for task, examples in eval_sets.items():
     for value in values:
         name = task if value == guidance[0] else f'{task}_guidance_{value:g}'
         predicted[name] = generate(task, examples[:n_predictions], out / 'predictions' / name, value)
+model.eval()                                           # on every rank: rank 0 judges and exports alone
 status = 0
 if rank == 0:
     shared = 0.0
@@ -525,7 +535,6 @@ if rank == 0:
     # after the verdict, which a disk that is full of weights would cost
     save_new_rows(model, out, stage='b4', step=step, base_sha256=base_sha256)
     if full_tune:
-        model.llm.to(dtype)                            # as the base was
         export_stock(model, tokenizer, out / 'export')
     else:
         adapter.save_pretrained(out / 'adapter')

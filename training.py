@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch.distributed.tensor import DTensor
 
 from common import (
     BETWEEN_BATCHES, all_gather, all_sum, barrier, first_line, has_checkpoint, lock_run, on_rank_0, one_line_io_errors,
@@ -108,7 +109,7 @@ class StopSignal:
 FREE_ON_RESUME = {'resume', 'micro_batch_size', 'out_dir', 'device', 'feature_cache', 'workers', 'log_every',
                   'max_bad_samples', 'allow_failed_gates', 'epoch_samples', 'epoch_minutes', 'image_codec',
                   'audio_codec', 'tensorboard', 'timeout', 'feature_cache_gb', 'eval_first', 'init_from',
-                  'gradient_checkpointing', 'eval_share', 'n_golden_between'}
+                  'gradient_checkpointing', 'eval_share', 'n_golden_between', 'shard'}
 
 
 def check_resumable(meta, settings, frozen_sha256, folder):
@@ -348,18 +349,31 @@ def grad_norms(trainable, groups):
     """The gradient norm of each group of parameters. groups: {name for the log: prefix of names}."""
     norms = {}
     for group, prefix in groups.items():
-        rows = []                                      # norms in float32: a row is short
-        for name, p in trainable.items():
-            if name.startswith(prefix) and p.grad is not None:
-                rows.append(torch.linalg.vector_norm(p.grad, dim=-1).flatten())
-        # float32 sums of millions lose digits
-        norms[group] = torch.cat(rows).double().square().sum().sqrt().item() if rows else 0.0
+        whole, shards = in_two([p for name, p in trainable.items() if name.startswith(prefix)])
+        square = square_of([p.grad for p in whole if p.grad is not None])
+        if shards:                                     # each rank has its own part
+            square += all_sum(square_of([p.grad.to_local() for p in shards if p.grad is not None]))
+        norms[group] = math.sqrt(square)
     return norms
+
+
+def in_two(parameters):
+    """(those that are whole on every rank, those that are in shards)."""
+    whole = [p for p in parameters if not isinstance(p, DTensor)]
+    return whole, [p for p in parameters if isinstance(p, DTensor)]
+
+
+def square_of(gradients):
+    """The square of the norm of these gradients together."""
+    rows = [torch.linalg.vector_norm(gradient, dim=-1).flatten() for gradient in gradients]    # float32: a row is short
+    # float32 sums of millions lose digits
+    return torch.cat(rows).double().square().sum().item() if rows else 0.0
 
 
 def clip_gradients(trainable, grad_norm, grad_clip):
     """Scale all gradients so that their norm, which is grad_norm, is at most grad_clip."""
-    torch.nn.utils.clip_grads_with_norm_(trainable.values(), grad_clip, torch.tensor(grad_norm, dtype=torch.float64))
+    for parameters in in_two(trainable.values()):      # torch multiplies lists of one kind
+        torch.nn.utils.clip_grads_with_norm_(parameters, grad_clip, torch.tensor(grad_norm, dtype=torch.float64))
 
 
 def stop_if_eval_not_finite(step, means, out):
@@ -385,9 +399,16 @@ def stop_if_not_finite(step, loss, grad_norm, batches, out):
 
 
 def names_with_gradient(trainable, known):
-    """The parameters, besides the known ones, that have a gradient other than zero."""
+    """The parameters, besides the known ones, that have a gradient other than zero, on any rank."""
     names = set()
+    has_shards = False
     for name, p in trainable.items():
-        if name not in known and p.grad is not None and p.grad.any():   # zeros: it is connected and learns nothing
+        if name in known:
+            continue
+        gradient = p.grad
+        if isinstance(p, DTensor):
+            has_shards = True
+            gradient = None if gradient is None else gradient.to_local()
+        if gradient is not None and gradient.any():    # zeros: it is connected and learns nothing
             names.add(name)
-    return names
+    return names.union(*all_gather(names)) if has_shards else names

@@ -125,12 +125,16 @@ def in_children(function, *args, environments=({},)):
 
 
 def on_two_ranks(function, *args):
-    """The same in two children, as torchrun would start them."""
+    return on_ranks(2, function, *args)
+
+
+def on_ranks(n, function, *args):
+    """The same in n children, as torchrun would start them."""
     with socket.socket() as s:
         s.bind(('127.0.0.1', 0))
         port = s.getsockname()[1]
-    shared = {'WORLD_SIZE': '2', 'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': str(port)}
-    ranks = [{**shared, 'RANK': rank, 'LOCAL_RANK': rank} for rank in '01']
+    shared = {'WORLD_SIZE': str(n), 'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': str(port)}
+    ranks = [{**shared, 'RANK': str(rank), 'LOCAL_RANK': str(rank)} for rank in range(n)]
     return in_children(function, *args, environments=ranks)
 
 

@@ -132,7 +132,7 @@ GROUPS = (
     ('configure', 'watch'),
     ('common',),
     ('media', 'columns'),
-    ('training', 'lists', 'codec'),
+    ('training', 'lists', 'codec', 'sharding'),
     ('examples',),
     ('templates',),
     ('data', 'grounding'),

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from conftest import (
     REPO, alter_weights, assert_close_run, assert_same_run, back_at_checkpoint, damage, failed_gates, in_children,
-    read_gates, read_json, read_lines, read_log, run_here, run_script, run_until)
+    on_ranks, read_gates, read_json, read_lines, read_log, run_here, run_script, run_until)
 
 from common import lock_run
 
@@ -39,9 +39,9 @@ def test_it_learns_to_see_passes_its_gates_and_writes_what_it_promises(a1_colour
 def test_a_connector_that_never_sees_an_image_fails_the_ordering(a1_config, a1_colours, tmp_path):
     """The run that passed above by an edited copy of the script, which sees grey pictures in training."""
     source = (REPO / 'train_a1.py').read_text()
-    line = '        loss_sum = model(batch.to(device))\n'
+    line = '            loss_sum = model(batch.to(device))\n'
     assert source.count(line) == 1
-    grey = '        batch.images = torch.full_like(batch.images, 127)\n'
+    grey = '            batch.images = torch.full_like(batch.images, 127)\n'
     (tmp_path / 'blind.py').write_text(source.replace(line, grey + line))
     settings = read_log(a1_colours.out, 'run')[0]['settings']
     names = ('data_json', 'image_root', 'llm', 'learning_rate', 'epoch_samples', 'n_eval', 'gate_ablation_nats')
@@ -125,6 +125,15 @@ def test_micro_batch_size_is_only_memory_and_two_ranks_are_one_run(a1_config, a1
     assert done.returncode == a1_run.code, done.stderr
     for other in 'micro', 'ranks':
         assert_close_run(tmp_path / other, a1_run.out, ['loss', 'grad_norm'], rtol=1e-4)
+
+
+def test_three_ranks_that_share_the_layers_are_one_run(a1_config, a1_run, tmp_path):
+    """With unlike many micro-batches of a step, and items of an evaluation, on each."""
+    out = back_at_checkpoint(a1_run.out, tmp_path / 'out')
+    status = on_ranks(3, run_here, 'train_a1.py', a1_config, f'--out_dir={out}', '--resume=True',
+                      '--micro_batch_size=1', '--shard=True')
+    assert status == [a1_run.code] * 3 and read_log(out)[-1]['step'] == 12
+    assert_close_run(out, a1_run.out, ['loss', 'grad_norm'], rtol=1e-4)
 
 
 def test_cached_features_give_the_run_of_the_tower_itself(a1_config, a1_run, tmp_path):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import (
     alter_weights, assert_close_run, assert_same, assert_same_run, back_at_checkpoint, failed_gates, in_children,
-    on_two_ranks, read_checkpoint, read_gates, read_json, read_lines, read_log, run_here, run_until)
+    on_ranks, on_two_ranks, read_checkpoint, read_gates, read_json, read_lines, read_log, run_here, run_until)
 from peft import PeftModel, set_peft_model_state_dict
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
@@ -107,6 +107,15 @@ def test_micro_batch_size_is_only_memory_and_two_ranks_are_one_run(a2_config, a2
     status = on_two_ranks(run_here, 'train_a2.py', a2_config, f'--out_dir={out}', '--resume=True',
                           '--micro_batch_size=3')
     assert status == [1, 1] and read_log(out)[-1]['step'] == 8
+    assert_close_run(out, a2_run.out, ['loss', 'grad_norm', 'grad_norm_lora', 'lr_lora'])
+
+
+def test_three_ranks_that_share_the_layers_are_one_run(a2_config, a2_run, tmp_path):
+    """With unlike many micro-batches of a step, and items of an evaluation, on each."""
+    out = back_at_checkpoint(a2_run.out, tmp_path / 'out')
+    status = on_ranks(3, run_here, 'train_a2.py', a2_config, f'--out_dir={out}', '--resume=True',
+                      '--micro_batch_size=1', '--shard=True')
+    assert status == [a2_run.code] * 3 and read_log(out)[-1]['step'] == 8
     assert_close_run(out, a2_run.out, ['loss', 'grad_norm', 'grad_norm_lora', 'lr_lora'])
 
 

@@ -8,8 +8,8 @@ import pytest
 import soundfile
 import token_model
 from conftest import (
-    REPO, assert_close_run, assert_same, assert_same_run, back_at_checkpoint, failed_gates, in_children, on_two_ranks,
-    read_checkpoint, read_gates, read_json, read_lines, read_log, run_until, run_with_stubs)
+    REPO, assert_close_run, assert_same, assert_same_run, back_at_checkpoint, failed_gates, in_children, on_ranks,
+    on_two_ranks, read_checkpoint, read_gates, read_json, read_lines, read_log, run_until, run_with_stubs)
 from PIL import Image
 from stub_codecs import IMAGE
 from tiny_worlds import make_shards
@@ -100,6 +100,15 @@ def test_micro_batch_size_is_only_memory_and_two_ranks_are_one_run(b3_config, b3
     status = on_two_ranks(run_with_stubs, 'train_b3.py', b3_config, f'--out_dir={out}', '--resume=True',
                           '--micro_batch_size=5')
     assert status == [0, 0] and read_log(out)[-1]['step'] == 80
+    assert_close_run(out, b3_run.out, ['loss', 'grad_norm', 'grad_norm_new_in', 'grad_norm_new_out'])
+
+
+def test_three_ranks_that_share_the_layers_are_one_run(b3_config, b3_run, tmp_path):
+    """With unlike many micro-batches of a step, and items of an evaluation, on each."""
+    out = back_at_checkpoint(b3_run.out, tmp_path / 'out')
+    status = on_ranks(3, run_with_stubs, 'train_b3.py', b3_config, f'--out_dir={out}', '--resume=True',
+                      '--micro_batch_size=5', '--shard=True')
+    assert status == [b3_run.code] * 3 and read_log(out)[-1]['step'] == 80
     assert_close_run(out, b3_run.out, ['loss', 'grad_norm', 'grad_norm_new_in', 'grad_norm_new_out'])
 
 

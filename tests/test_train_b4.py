@@ -13,8 +13,8 @@ import pytest
 import soundfile
 import torch
 from conftest import (
-    assert_close_run, assert_same, assert_same_run, back_at_checkpoint, failed_gates, in_children, on_two_ranks,
-    read_checkpoint, read_gates, read_json, read_lines, read_log, run_until, run_with_stubs)
+    assert_close_run, assert_same, assert_same_run, back_at_checkpoint, failed_gates, in_children, on_ranks,
+    on_two_ranks, read_checkpoint, read_gates, read_json, read_lines, read_log, run_once, run_until, run_with_stubs)
 from peft import PeftModel
 from PIL import Image
 from safetensors.torch import load_file
@@ -91,6 +91,15 @@ def test_micro_batch_size_is_only_memory_and_two_ranks_are_one_run(b4_config, b4
     assert_close_run(out, b4_run.out, ['loss', 'grad_norm', 'grad_norm_rows', 'grad_norm_lora'])
 
 
+def test_three_ranks_that_share_the_layers_are_one_run(b4_config, b4_run, tmp_path):
+    """With unlike many micro-batches of a step, and items of an evaluation, on each."""
+    out = back_at_checkpoint(b4_run.out, tmp_path / 'out')
+    status = on_ranks(3, run_with_stubs, 'train_b4.py', b4_config, f'--out_dir={out}', '--resume=True',
+                      '--micro_batch_size=6', '--shard=True')
+    assert status == [b4_run.code] * 3 and read_log(out)[-1]['step'] == 40
+    assert_close_run(out, b4_run.out, ['loss', 'grad_norm', 'grad_norm_rows', 'grad_norm_lora'])
+
+
 def test_shuffled_captions_fail_the_prompt_ablation_and_reading_and_text_get_worse(b4_config, tiny, tmp_path):
     make_shards(tmp_path / 'shards', tiny, shuffled=True)
     code, _ = run_with_stubs('train_b4.py', b4_config, f'--out_dir={tmp_path}/out', f'--shards_dir={tmp_path}/shards',
@@ -124,6 +133,53 @@ def test_full_tuning_trains_the_layers_goes_on_and_exports_a_whole_model(b4_conf
     assert code == 0 and 'gates' in printed
     assert_same(*(load_file(folder / 'model.safetensors') for folder in (tmp_path / 'exported', out / 'export')))
     assert 'layers tuned whole' in (tmp_path / 'exported' / 'README.md').read_text()
+
+
+FULL = ['--full_tune=True', '--lora_learning_rate=1e-3', '--epoch_samples=120', '--eval_every=4', '--n_predictions=2',
+        '--n_retrieval=4', '--guidance=(1.0,)']
+NUMBERS = ['loss', 'grad_norm', 'grad_norm_rows', 'grad_norm_lora']
+
+
+@pytest.fixture(scope='module')
+def full_run(b4_config, tmp_path_factory):
+    """Six steps of full tuning on one rank, saved after four and six."""
+    return run_once(tmp_path_factory, 'b4_full', run_with_stubs, 'train_b4.py', b4_config, *FULL)
+
+
+def assert_close(found, wanted):
+    assert found.keys() == wanted.keys()
+    for name in wanted:
+        torch.testing.assert_close(found[name], wanted[name], rtol=1e-3, atol=1e-4)
+
+
+def test_two_ranks_that_share_the_layers_are_killed_and_one_goes_on(b4_config, full_run, tmp_path):
+    out = tmp_path / 'out'
+    command = ['train_b4.py', b4_config, *FULL, f'--out_dir={out}', '--shard=True', '--resume=True']
+    status = on_ranks(2, run_until, 5, signal.SIGKILL, run_with_stubs, *command, '--micro_batch_size=3')
+    assert status == [-signal.SIGKILL] * 2 and read_log(out)[-1]['step'] >= 4
+    assert len(list((out / 'ckpt' / 'shards').glob('*.distcp'))) == 2
+    norms = read_checkpoint(out, 'tuned')              # what every rank has whole
+    assert norms and all(tensor.ndim == 1 for tensor in norms.values())
+    code, _ = run_with_stubs(*command)                 # a rank alone has nobody to share with
+    assert code == full_run.code and read_log(out)[-1]['step'] == 6 and not (out / 'ckpt' / 'shards').exists()
+    assert_close_run(out, full_run.out, NUMBERS)
+    assert_close(read_checkpoint(out, 'tuned'), read_checkpoint(full_run.out, 'tuned'))
+
+
+def test_four_ranks_share_what_one_has_saved_and_export_it_whole(b4_config, full_run, tmp_path):
+    out = back_at_checkpoint(full_run.out, tmp_path / 'out')
+    status = on_ranks(4, run_with_stubs, 'train_b4.py', b4_config, *FULL, f'--out_dir={out}', '--shard=True',
+                      '--resume=True', '--micro_batch_size=2', '--gradient_checkpointing=True')
+    assert set(status) == {full_run.code} and len(list((out / 'ckpt' / 'shards').glob('*.distcp'))) == 4
+    assert_close_run(out, full_run.out, NUMBERS)
+    assert failed_gates(out) == failed_gates(full_run.out)
+    exported, wanted = (load_file(folder / 'export' / 'model.safetensors') for folder in (out, full_run.out))
+    assert_close(exported, wanted)
+    code, _ = run_with_stubs('sample.py', out, '--export', tmp_path / 'exported')
+    assert code == 0
+    assert_same(load_file(tmp_path / 'exported' / 'model.safetensors'), exported)
+    code, _ = run_with_stubs('sample.py', out, '--draw', ' red', '--to', tmp_path)
+    assert code == 0 and (tmp_path / 'draw_0_0.png').exists()
 
 
 @pytest.mark.parametrize('flag, found', [

@@ -47,6 +47,7 @@ class Step:
     cuda: bool = True              # dropout keeps a byte per number there, and a whole number on a CPU
     ranks: int = 1                 # GPUs in all
     checkpointing: bool = False    # gradient_checkpointing
+    shard: bool = False            # the layers' matrices in shards over the ranks
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,12 @@ def memory_needed(stage, llm, tower, step, trained):
         n_kept -= n_in_layers
     else:
         activations += llm.num_hidden_layers * layer
+    n_sharded = {True: 0, False: 0}                    # numbers of the layers' matrices in shards, by what learns
+    if step.shard:
+        for p in layer_weights(parts['llm']):
+            n_sharded[p.requires_grad] += p.numel()
+        if not step.checkpointing:                     # nor is their cast kept: a layer comes whole in that precision
+            n_kept -= n_sharded[True]
     if 'connector' in parts:
         activations += step.micro_batch_size * connector_bytes(parts['connector'], tower, llm, number)
     if step.half:                                      # casts of what is multiplied by, which input rows are not
@@ -97,15 +104,27 @@ def memory_needed(stage, llm, tower, step, trained):
             'optimizer': 2 * FLOAT * n_learned,        # the two moments of AdamW
             'activations': activations,
             'logits': FLOAT * sum(logits)}             # log probabilities
+    elsewhere = 1 - 1 / step.ranks                     # the share of a shard that other ranks have
+    need['frozen'] -= elsewhere * number * n_sharded[False]
+    for part, size in ('trained', 1), ('gradients', 1), ('optimizer', 2):
+        need[part] -= elsewhere * size * FLOAT * n_sharded[True]
     always = need['frozen'] + need['trained'] + need['gradients'] + need['optimizer']
+    # what is whole at a time: in evaluations all layers, in a step two of them and the gradients of one
+    whole = number * sum(n_sharded.values())
+    two_layers = (2 * whole + FLOAT * n_sharded[True]) / llm.num_hidden_layers
     # a backward pass: gradients of one range's logits at a time, in float32 and, where half, again in bfloat16
     of_logits = max(logits, default=0) * (FLOAT + 2 if step.half else FLOAT)
     # or one layer that is computed again, when those are gone
     again = layer if step.checkpointing else 0
-    backward = activations + max(need['logits'] + of_logits, again) + FLOAT * max(learned)
+    backward = activations + max(need['logits'] + of_logits, again) + FLOAT * max(learned) + two_layers
     # the end of a step: gradient norms in float64, one matrix at a time; the message between ranks
-    end = max(16 * max(learned), FLOAT * n_learned if step.ranks > 1 else 0)
-    return {**need, 'peak': always + max(backward, end)}
+    end = max(16 * max(learned), FLOAT * (n_learned - n_sharded[True]) if step.ranks > 1 else 0)
+    return {**need, 'peak': always + max(backward, end, whole)}
+
+
+def layer_weights(llm):
+    """What sharding.py cuts: the matrices of the layers, without LoRA's."""
+    return [p for name, p in llm.base_model.layers.named_parameters() if p.ndim > 1 and 'lora_' not in name]
 
 
 def build(stage, llm, tower, trained):
@@ -191,12 +210,12 @@ def a1_step(micro_batch_size, ranks=1):
     return Step(micro_batch_size, ranks=ranks)
 
 
-def a2_step(micro_batch_size, ranks=1):
-    return Step(micro_batch_size, example_tokens=1024, labels=400, ranks=ranks)
+def a2_step(micro_batch_size, ranks=1, **how):
+    return Step(micro_batch_size, example_tokens=1024, labels=400, ranks=ranks, **how)
 
 
-def b_step(micro_batch_size, ranks=1):
-    return Step(micro_batch_size, example_tokens=1100, labels=20, codes=1001, code_range=16_384, ranks=ranks)
+def b_step(micro_batch_size, ranks=1, **how):
+    return Step(micro_batch_size, example_tokens=1100, labels=20, codes=1001, code_range=16_384, ranks=ranks, **how)
 
 
 PLAN = [                                               # GPU, stage, base, step, what learns
@@ -215,7 +234,10 @@ PLAN = [                                               # GPU, stage, base, step,
     ('8 x 139 GiB', 'a2', LARGE, a2_step(8, ranks=8), Trained()),
     ('8 x 139 GiB', 'b3', LARGE, b_step(16, ranks=8), LORA_64),
     ('8 x 139 GiB', 'b4', LARGE, b_step(8, ranks=8), LORA_64),
-    ('8 x 139 GiB', 'b4, full_tune', LARGE, b_step(1, ranks=8), FULL_TUNE)]
+    ('8 x 139 GiB', 'b4, full_tune', LARGE, b_step(1, ranks=8), FULL_TUNE),
+    ('8 x 80 GiB', 'b4, full_tune, shard', LARGE, b_step(1, ranks=8, shard=True), FULL_TUNE),
+    ('8 x 80 GiB', 'b4, full_tune, both', LARGE, b_step(4, ranks=8, shard=True, checkpointing=True), FULL_TUNE),
+    ('24 GiB', 'a2, gradient_checkpointing', LARGE, a2_step(1, checkpointing=True), Trained())]
 
 
 def known_config(name, cls):
@@ -271,6 +293,7 @@ if __name__ == '__main__':
     full_tune = False              # stage B4 without LoRA
     ranks = 1                      # GPUs in all
     gradient_checkpointing = False
+    shard = False
     table_only = False
     config = configure(globals())
     # -----------------------------------------------------------------------------
@@ -283,7 +306,7 @@ if __name__ == '__main__':
         raise SystemExit(0)
     tower = known_config(vision, SiglipVisionConfig) if stage in ('a1', 'a2') else None
     step = Step(micro_batch_size, example_tokens, labels, codes=codes, code_range=code_range, ranks=ranks,
-                checkpointing=gradient_checkpointing)
+                checkpointing=gradient_checkpointing, shard=shard)
     trained = Trained({'num_image_tokens': num_image_tokens}, new_rows, lora_r=lora_r, full_tune=full_tune)
     for part, size in memory_needed(stage, known_config(llm, Qwen3Config), tower, step, trained).items():
         print(f'{part:<12} {gib(size):>8} GiB')
