@@ -388,33 +388,33 @@ class Noted:
         self.entries.append([id, str(reason), key])
 
 
-def prepare(kind, path, template, bad_samples, rank, image_root=''):
+def prepare(kind, path, template, bad_samples, rank, image_root='', max_images=1):
     """Examples of a list, on every rank; rank 0 prepares them when no earlier start has.
 
     kind: 'caption' or 'chat', of LLaVA's lists, or 'text', of JSONL. Its file is named by all that decides what is in
-    it: the list's bytes and path, the template with its tokenizer and max_seq_len, the image root. It is made anew when
-    it is damaged, or when a link leads out of the root, or one no longer does. What is wrong in the list goes to
-    bad_samples at every start.
+    it: the list's bytes and path, the template with its tokenizer and max_seq_len, the image root and how many images a
+    sample may have. It is made anew when it is damaged, or when a link leads out of the root, or one no longer does.
+    What is wrong in the list goes to bad_samples at every start.
     """
     file = None
     if rank == 0:
-        file = prepared_file(kind, path, template, bad_samples, image_root=image_root)
+        file = prepared_file(kind, path, template, bad_samples, image_root=image_root, max_images=max_images)
     file = all_gather(file)[0]
     if not file.exists():                              # on another machine, with a disk of its own
-        file = prepared_file(kind, path, template, bad_samples, image_root=image_root)
+        file = prepared_file(kind, path, template, bad_samples, image_root=image_root, max_images=max_images)
     if rank > 0:
         enter_bad_samples(read_sealed(file.with_suffix('.json'), 'the training script'), bad_samples)
     return Examples(open_columns(file))
 
 
-def prepared_file(kind, path, template, bad_samples, image_root):
+def prepared_file(kind, path, template, bad_samples, image_root, max_images):
     """The file of prepare, which is there and whole when this returns."""
     try:
         sha256 = sha256_file(path)
     except OSError as e:
         raise SystemExit(f'{path}: cannot read this {"text file" if kind == "text" else "data set"} ({e.strerror}); '
                          'is the path right?')
-    key = canonical([FORMAT, kind, sha256, os.fspath(path), os.fspath(image_root), template.sha256()])
+    key = canonical([FORMAT, kind, sha256, os.fspath(path), os.fspath(image_root), max_images, template.sha256()])
     name = f'{kind}s-{hashlib.sha256(key.encode()).hexdigest()[:16]}.safetensors'
     root = Root(image_root)
     folder = writable_folder(Path(path), name)
@@ -423,7 +423,8 @@ def prepared_file(kind, path, template, bad_samples, image_root):
         if sealed is not None and links_are_as_they_were(folder / name, root, sealed['links_out']):
             enter_bad_samples(sealed, bad_samples)
         else:
-            write_prepared(folder / name, kind, path, template, root=root, bad_samples=bad_samples)
+            write_prepared(folder / name, kind, path, template, root=root, bad_samples=bad_samples,
+                           max_images=max_images)
     return folder / name
 
 
@@ -454,13 +455,13 @@ def enter_bad_samples(sealed, bad_samples):
         bad_samples.add(id, reason, key=key)
 
 
-def write_prepared(file, kind, path, template, root, bad_samples):
+def write_prepared(file, kind, path, template, root, bad_samples, max_images):
     """Read a list and write its examples, columns_of them, and beside them what was wrong in it."""
     noted = Noted(bad_samples)
     if kind == 'text':
         items = text_lines(path)
     else:
-        items = llava_items(path, root, noted, captions=kind == 'caption')
+        items = llava_items(path, root, noted, captions=kind == 'caption', max_images=max_images)
     writer = ColumnWriter(file.parent)
     ends = {}
     n_examples = 0

@@ -50,17 +50,27 @@ def share_removed(correct, other):
 # retrieval by likelihood
 
 
-def matching_sets(keys, n_items, seed, size=SET_SIZE):
+def matching_sets(keys, n_items, seed, size=SET_SIZE, kinds=None):
     """About n_items items to tell apart, a list of their indices for each set of `size`.
 
     keys: [(input, output)] of all items. No two of a set share an input or an output: nobody could tell them apart.
-    Where too few differ for sets of that size, the sets are smaller.
+    Where too few differ for sets of that size, the sets are smaller. kinds: of each item, where inputs of one kind
+    alone can take each other's place; the commonest kind comes first, and each gets its share of the sets.
     """
     order = np.random.default_rng(seed).permutation(len(keys)).tolist()
-    [different] = fill_sets(keys, order, n_sets=1, size=len(keys))
-    size = max(1, min(size, len(different)))
-    sets = fill_sets(keys, order, n_sets=max(1, min(n_items, len(keys)) // size), size=size)
-    return [members for members in sets if len(members) == size]
+    members_of = {}
+    for i in order:
+        members_of.setdefault(kinds[i] if kinds else None, []).append(i)
+    found = []
+    for members in sorted(members_of.values(), key=len, reverse=True):
+        if not found:
+            [different] = fill_sets(keys, members, n_sets=1, size=len(keys))
+            size = max(1, min(size, len(different)))
+        share = len(members) / len(keys)
+        n_sets = round(share * min(n_items, len(keys))) // size
+        sets = fill_sets(keys, members, n_sets=n_sets if found else max(1, n_sets), size=size)
+        found += [chosen for chosen in sets if len(chosen) == size]
+    return found
 
 
 def fill_sets(keys, order, n_sets, size):

@@ -15,7 +15,7 @@ from templates import ChatTemplate, answer_text
 from data import answer_starts, collate, length_buckets
 from decoders import generate, load_tokenizer
 from grounding import Prediction, retrieval, share_removed
-from lists import Item
+from lists import Item, place_images
 from model import image_reading, image_settings
 
 # -----------------------------------------------------------------------------
@@ -236,17 +236,18 @@ def write_predictions(path, vlm, loader, template, examples, batch_size, max_new
 
 
 class VisionChat:
-    """A trained VLM that takes an image file and gives words: `chat.reply(chat.encode_image('picture.png'))`."""
-    def __init__(self, vlm, llm, vision, max_seq_len, think_block=False):
+    """A trained VLM that takes image files and gives words: `chat.reply(chat.encode_image('picture.png'))`."""
+    def __init__(self, vlm, llm, vision, max_seq_len, think_block=False, max_images=1):
         self.vlm = vlm.eval()
         self.tokenizer = load_tokenizer(llm)
         self.template = ChatTemplate(self.tokenizer, len(vlm.connector.latents), max_seq_len, think_block)
+        self.max_images = max_images
         self.read = image_reading(image_settings(vision))
 
     @torch.no_grad()
-    def encode_image(self, file):
-        """Image file -> image tokens (1, N, D)."""
-        pixels = torch.from_numpy(self.read(file))[None]                                        # (1, 3, H, W)
+    def encode_image(self, *files):
+        """Image files -> image tokens (images, N, D)."""
+        pixels = torch.from_numpy(np.stack([self.read(file) for file in files]))                # (images, 3, H, W)
         return self.vlm.image_tokens(pixels.to(self.vlm.llm.device))
 
     @torch.no_grad()
@@ -254,10 +255,17 @@ class VisionChat:
         """What the model has to say about the image tokens.
 
         turns: [(question, answer), ..., (question, None)], for a model of stage A2; None: a caption, of stage A1.
-        Exits with one line when they do not fit into max_seq_len.
+        Images stand where the questions have their <image>, all of them first where none has one. Exits with one line
+        when marks and images differ in number, or when all of it does not fit into max_seq_len.
         """
+        n_images = len(image_tokens)
+        if n_images > self.max_images:
+            raise SystemExit(f'{n_images} images in one text: this run was trained with up to {self.max_images}')
         if turns:
-            example = self.template.chat(Item('chat', ('image',), tuple(turns)))
+            places = ()
+            if any('<image>' in question for question, _ in turns):
+                turns, places = place_images(turns, n_images, 'the questions')
+            example = self.template.chat(Item('chat', n_images * ('image',), tuple(turns), image_places=places))
             ids = example.ids
         else:
             example = self.template.caption(Item('caption', ('image',), (('', ''),)))

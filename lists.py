@@ -253,14 +253,15 @@ class Item:
             object.__setattr__(self, 'image_places', len(self.images) * ((0, 0),))
 
 
-def read_llava(path, image_root, bad_samples, captions=False):
+def read_llava(path, image_root, bad_samples, captions=False, max_images=1):
     """[Item] of a list: see llava_items."""
-    return list(llava_items(path, Root(image_root), bad_samples, captions=captions))
+    return list(llava_items(path, Root(image_root), bad_samples, captions=captions, max_images=max_images))
 
 
-def llava_items(path, root, bad_samples, captions=False):
+def llava_items(path, root, bad_samples, captions=False, max_images=1):
     """LLaVA's JSON or JSONL -> one Item after the other. root: a Root, for its images. captions: the human turn of
-    LLaVA-Pretrain is a prompt that is not used.
+    LLaVA-Pretrain is a prompt that is not used. "image" is a path or a list of up to max_images, in the order of their
+    <image> marks, which stand in any human turn.
 
     [{"id"?, "image"?, "conversations": [{"from": "system", "value": "..."}?,
                                          {"from": "human", "value": "<image>\\n..."},
@@ -268,7 +269,7 @@ def llava_items(path, root, bad_samples, captions=False):
     A sample that is wrong goes to bad_samples.
     """
     def read(record, id, where):
-        return read_llava_item(record, id, where, root=root, captions=captions)
+        return read_llava_item(record, id, where, root=root, captions=captions, max_images=max_images)
 
     file = read_list(path, 'data set')
     records = json_lines(file, path) if is_json_lines(file) else json_list(file, path)
@@ -291,12 +292,13 @@ def is_json_lines(file):
     return line[:1] == b'{' and line[-1:] == b'}'
 
 
-def read_llava_item(record, id, where, root, captions):
+def read_llava_item(record, id, where, root, captions, max_images):
     images = record.get('image')
     if not isinstance(images, list):
         images = [] if images is None else [images]
-    if len(images) > 1:
-        raise BadSample(f'{where}: {len(images)} images, wanted one')
+    if len(images) > max_images:
+        most = 'one' if max_images == 1 else f'at most max_images = {max_images}'
+        raise BadSample(f'{where}: {len(images)} images, wanted {most}')
     if record.get('video'):
         raise BadSample(f'{where}: a video, wanted an image')
     images = tuple(root.path(image, where) for image in images)
@@ -306,6 +308,8 @@ def read_llava_item(record, id, where, root, captions):
         return Item(id, images, turns, system, places)
     if not images:
         raise BadSample(f'{where}: a caption without an image')
+    if places[0][0]:                                   # the caption is the first answer
+        raise BadSample(f'{where}: <image> in question {places[0][0] + 1} of a caption, wanted it in the first')
     caption = turns[0][1]
     return Item(id, images, (('', caption),))
 
@@ -345,8 +349,6 @@ def place_images(turns, n_images, where):
     for n, (question, answer) in enumerate(turns):
         if '<video>' in question:
             raise BadSample(f'{where}: <video> in question {n + 1}, wanted an image')
-        if '<image>' in question and n > 0:
-            raise BadSample(f'{where}: <image> in question {n + 1}, wanted it in the first')
         text, *rest = question.split('<image>')
         offsets = []
         for part in rest:

@@ -10,6 +10,7 @@ done    when everything has its answer; exits 1 at the first file that cannot be
 $ python sample.py out/a1_small --image data/small/captions/images/000000.png
 $ python sample.py out/a2_small --image data/small/instruct/images/000000.png --prompt "How many shapes can you see?"
 $ python sample.py out/a2_small --image data/small/instruct/images/000000.png      # on a terminal: a chat
+$ python sample.py out/a2_small --image left.png right.png --prompt "Is <image> like <image>?"
 $ python sample.py out/b4_small --draw "a red circle above a blue square" --n 4
 $ python sample.py out/b4_small --sound "two high bright tones, rising, fading"
 $ python sample.py out/b4_small --image data/small/captions/images/000000.png --audio data/small/sounds/audio/000000.wav
@@ -28,7 +29,7 @@ from PIL import Image
 from common import frozen_dtype, init_ranks, load_checkpoint, one_line_io_errors, require_vacant
 from lists import text_is_unicode
 from inference import VisionChat
-from media import read_audio, read_image, write_picture, write_sound
+from media import BadSample, read_audio, read_image, write_picture, write_sound
 from decoders import lora
 from model import load_vlm
 from sharding import read_shards
@@ -48,7 +49,8 @@ parser.add_argument('--sound', nargs='+', default=[], metavar='TEXT', help='audi
 parser.add_argument('--n', type=int, default=1, help='of each answer, seeds --seed, --seed + 1, ... (B3, B4)')
 parser.add_argument('--guidance', type=float, help="above 1 the text counts more; default: the run's own (B3, B4)")
 parser.add_argument('--to', default='out/samples', metavar='FOLDER', help='where generated pictures and audio go')
-parser.add_argument('--prompt', help='what to ask (A2); without it: a chat on a terminal, else a description')
+parser.add_argument('--prompt', help='what to ask about the pictures together, each where an <image> stands, else all '
+                    'first (A2); without it: a chat on a terminal, else a description of each')
 parser.add_argument('--export', metavar='FOLDER', help='write the run as a model that others load, and nothing else')
 parser.add_argument('--json', action='store_true', help='one JSON object per line')
 parser.add_argument('--max_new_tokens', type=int, default=128)
@@ -134,8 +136,9 @@ def say(line):
 
 
 def show(kind, file, text, **more):
-    """Print one answer."""
-    say(json.dumps({kind: file, **more, 'text': text}) if args.json else f'{file}: {text}')
+    """Print one answer. file: or a list of them."""
+    name = ' '.join(file) if isinstance(file, list) else file
+    say(json.dumps({kind: file, **more, 'text': text}) if args.json else f'{name}: {text}')
 
 
 # -----------------------------------------------------------------------------
@@ -234,17 +237,24 @@ def caption(file):
     show('image', file, reply(chat.encode_image(file), None), prompt=None)
 
 
-def ask(file, prompt):
-    show('image', file, reply(chat.encode_image(file), [(prompt, None)]), prompt=prompt)
+def ask(files, prompt):
+    named = files if len(files) > 1 else files[0]
+    show('image', named, reply(chat.encode_image(*files), [(prompt, None)]), prompt=prompt)
 
 
-def chat_on_terminal(file):
-    image = chat.encode_image(file)
+def chat_on_terminal(files):
+    images = chat.encode_image(*files)
     turns = []
-    say(f'{file}: ask about it; an empty line ends the chat')
+    say(f'{" ".join(files)}: ask about {"them" if len(files) > 1 else "it"}; an empty line ends the chat')
     try:
         while question := input('> ').strip():
-            answer = reply(image, [*turns, (question, None)])
+            if not turns and '<image>' not in question:
+                question = '<image>\n' * len(files) + question
+            try:
+                answer = reply(images, [*turns, (question, None)])
+            except BadSample as e:                     # more or fewer <image> than pictures
+                say(str(e))
+                continue
             turns.append((question, answer))
             say(answer)
     except (EOFError, KeyboardInterrupt):
@@ -278,14 +288,14 @@ if track_b:
 
 vlm, _ = load_track_a()
 chat = VisionChat(vlm, meta['model']['llm'], meta['model']['vision'], settings['max_seq_len'],
-                  settings.get('think_block', False))
+                  settings.get('think_block', False), settings.get('max_images', 1))
 if stage == 'a1':
     for file in args.image:
         caption(file)
-elif args.prompt is None and sys.stdin.isatty() and not args.json:
-    if len(args.image) > 1:
-        raise SystemExit(f'a chat is about one picture, found {len(args.image)}; give one, or a --prompt')
-    chat_on_terminal(args.image[0])
+elif args.prompt is not None:
+    ask(args.image, args.prompt)
+elif sys.stdin.isatty() and not args.json:
+    chat_on_terminal(args.image)
 else:
     for file in args.image:
-        ask(file, 'Describe this image.' if args.prompt is None else args.prompt)
+        ask([file], 'Describe this image.')

@@ -65,6 +65,7 @@ lora_targets = ''              # a regular expression over full names; '' for ev
 # training
 think_block = False            # True: an empty think block before the last answer, as Qwen3's own template has it
 max_seq_len = 2048             # longer examples are cut at the end and counted
+max_images = 4                 # in a chat, each where its <image> stands; a sample with more is a bad one
 micro_batch_size = 16          # examples per rank and micro-batch: memory and speed only, but for the masks of dropout
 global_batch_size = 128        # over all ranks and micro-batches: this one is a hyperparameter
 learning_rate = 2e-5           # of the connector
@@ -121,7 +122,8 @@ config = configure(globals(), required=('data_json', 'image_root', 'align_dir', 
 # settings that cannot be meant end the run before anything is built
 require_positive(config, 'max_seq_len', 'micro_batch_size', 'global_batch_size', 'learning_rate', 'grad_clip', 'epochs',
                  'epoch_minutes', 'eval_share', 'n_eval', 'n_golden', 'n_golden_between', 'max_new_tokens', 'log_every',
-                 'workers', 'n_text', 'n_retrieval', 'lora_r', 'lora_alpha', 'lora_learning_rate', 'timeout')
+                 'workers', 'n_text', 'n_retrieval', 'lora_r', 'lora_alpha', 'lora_learning_rate', 'timeout',
+                 'max_images')
 require_not_negative(config, 'epoch_samples', 'n_steps', 'eval_every')
 require_share(config, 'warmup_frac', 'min_lr_frac', 'eval_share', 'gate_truncated', 'lora_dropout', 'replay_share')
 if replay_share == 1:
@@ -144,7 +146,7 @@ template = ChatTemplate(tokenizer, num_image_tokens, max_seq_len, think_block)
 if rank == 0 and template.difference():
     print(f'{model_args["llm"]}: {template.difference()}')
 bad_samples = BadSamples(out / 'bad_samples.jsonl', max_bad_samples, active=rank == 0)
-examples = prepare('chat', data_json, template, bad_samples, rank=rank, image_root=image_root)
+examples = prepare('chat', data_json, template, bad_samples, rank=rank, image_root=image_root, max_images=max_images)
 preprocessing = image_settings(model_args['vision'])
 read = image_reading(preprocessing)
 if rank == 0:
@@ -152,7 +154,8 @@ if rank == 0:
                  read=read)
 barrier()
 train_set, eval_set, golden_set, edges = load_split(examples, out / 'split.json', n_eval)
-matching = matching_sets(caption_keys(eval_set), n_retrieval, seed)
+n_images = [len(example.image_starts) for example in eval_set]
+matching = matching_sets(caption_keys(eval_set), n_retrieval, seed, kinds=n_images)
 text_set = [template.text(text, where) for where, text in read_text_lines(text_jsonl)[:n_text]]
 if replay_jsonl:
     replay = prepare('text', replay_jsonl, template, bad_samples, rank=rank)

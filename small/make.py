@@ -27,6 +27,8 @@ from filelock import FileLock
 from PIL import Image
 
 from small import corpus
+from small.corpus import in_random_order
+from small.pairs import pair_chat, second_scene
 from small.world import (
     RATE, as_scene, caption, chat, draw, part_seed, play, random_scene, random_sound, sound_caption)
 
@@ -73,11 +75,40 @@ def new_scene(rng, used):
     return scene
 
 
-def make_instruct(folder, n=6000, seed=1):
-    """LLaVA-Instruct JSON of chats, with the kinds of their questions, over scenes that `captions` does not have."""
+def make_instruct(folder, n=6000, n_pairs=2000, seed=1):
+    """LLaVA-Instruct JSON of chats, with the kinds of their questions, over scenes that `captions` does not have: n
+    about a picture, n_pairs about two."""
     captions = json.loads((folder.parent / 'captions' / 'truth.json').read_text())
     taken = [as_scene(fields) for fields in captions.values()]
     make_captions(folder, n, seed, kind='instruct', taken=taken)
+    make_pairs(folder, n_pairs, seed, taken=taken)
+
+
+def make_pairs(folder, n, seed=1, taken=()):
+    """Add chats about two pictures each to a folder of chats; in truth.json their scenes are ID/0 and ID/1."""
+    from common import progress
+    rng = np.random.default_rng(part_seed('pairs', seed))
+    records = json.loads((folder / 'data.json').read_text())
+    truth = json.loads((folder / 'truth.json').read_text())
+    used = {*taken, *map(as_scene, truth.values())}
+    for k in progress(range(n), 'pairs'):
+        first = new_scene(rng, used)
+        second = first
+        while second in used:
+            second = second_scene(first, rng)
+        used.add(second)
+        first, second = in_random_order((first, second), rng)   # the second one has more things
+        id = f'pairs-{k:06d}'
+        record = {'id': id, 'image': [f'pair_{k:06d}_0.png', f'pair_{k:06d}_1.png'], 'kinds': [], 'conversations': []}
+        for scene, name in zip((first, second), record['image']):
+            Image.fromarray(draw(scene, rng)).save(folder / 'images' / name)
+            truth[f'{id}/{name[-5]}'] = scene
+        for kind, ask, answer in pair_chat(first, second, rng):
+            record['kinds'].append(kind)
+            record['conversations'] += [{'from': 'human', 'value': ask}, {'from': 'gpt', 'value': answer}]
+        records.append(record)
+    (folder / 'data.json').write_text(json.dumps(records))
+    (folder / 'truth.json').write_text(json.dumps(truth))
 
 
 def make_sounds(folder, n=2400, seed=1):

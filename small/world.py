@@ -16,9 +16,9 @@ from itertools import product
 import numpy as np
 from PIL import Image
 
-# World s draws each of its parts from the generator 100 s + this number: world 1 from 101 to 109.
+# World s draws each of its parts from the generator 100 s + this number: world 1 from 101 to 110.
 SEED_NUMBERS = {'text': 1, 'llm': 2, 'vision': 3, 'captions': 4, 'instruct': 5, 'image_codec': 6, 'audio_codec': 7,
-                'sounds': 8, 'llm_report': 9}
+                'sounds': 8, 'llm_report': 9, 'pairs': 10}
 
 
 def part_seed(part, seed):

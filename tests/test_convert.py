@@ -186,9 +186,23 @@ def test_parquet_whose_pictures_hugging_face_would_decode_keeps_their_bytes(tmp_
     assert [content for content, _ in read_back(tmp_path / 'out').values()] == [picture(n) for n in range(3)]
 
 
+@pytest.mark.parametrize('texts, places', [
+    ({'texts': [{'user': 'What differs?', 'assistant': 'the colour'}]}, ((0, 0), (0, 0))),
+    ({'conversations': turns('<image>\nWhat?') + turns('And <image>?')}, ((0, 0), (1, 4)))])
+def test_several_pictures_of_a_row_are_files_in_the_order_of_their_marks(texts, places, tmp_path):
+    images = [{'bytes': picture(n), 'path': f'{n}.png'} for n in range(2)]
+    make_parquet(tmp_path / 'shards' / '0.parquet', [{'images': images, **texts}])
+    out = tmp_path / 'out'
+    assert convert(tmp_path / 'shards', out)[0] == 0
+    [item] = read_llava(out / 'data.json', out / 'images', BadSamples(out / 'none.jsonl', 0), max_images=2)
+    assert [open(path, 'rb').read() for path in item.images] == [picture(0), picture(1)]
+    assert item.image_places == places and not any('<image>' in question for question, _ in item.turns)
+
+
 @pytest.mark.parametrize('row, reason', [
     ({'image': {'bytes': None, 'path': 'a.jpg'}, 'caption': 'x'}, "image 'a.jpg' is named and not inside"),
-    ({'images': [{'bytes': picture(0)}] * 2, 'caption': 'x'}, '2 images, wanted one'),
+    ({'images': [{'bytes': picture(0)}, None], 'caption': 'x'}, '1 of 2 images are empty'),
+    ({'images': [{'bytes': picture(0)}] * 2, 'conversations': turns('<image>\nWhat?')}, '1 <image> marks for 2 images'),
     ({'image': {'bytes': picture(0)[:200]}, 'caption': 'x'}, 'not a whole image'),
     ({'image': {'bytes': picture(0)}, 'label': 3}, 'no text: its columns are image, label')])
 def test_bad_rows_of_parquet_are_named(row, reason, tmp_path):

@@ -37,12 +37,12 @@ def record(id='bad', image='a.png', ask='<image>\nWhat?', answer='a dot', **more
     return {'id': id, 'image': image, 'conversations': turns, **more}
 
 
-def read_content(folder, content, limit=0, captions=False):
+def read_content(folder, content, limit=0, **how):
     """read_llava of a list with this content, pictures in folder/images."""
     (folder / 'images').mkdir(exist_ok=True)
     (folder / 'data.json').write_bytes(content.encode())
     bad_samples = BadSamples(folder / 'bad_samples.jsonl', limit)
-    return read_llava(folder / 'data.json', folder / 'images', bad_samples, captions=captions)
+    return read_llava(folder / 'data.json', folder / 'images', bad_samples, **how)
 
 
 def read(folder, *records, **how):
@@ -130,7 +130,7 @@ def test_an_id_that_comes_again_gets_a_number_and_so_does_a_sample_without_one(t
     (record(ask='What?'), '0 <image> marks for 1 images'),
     (record(image=None), '1 <image> marks for 0 images'),
     (record(image=[]), '1 <image> marks for 0 images'),
-    (record(conversations=[HUMAN, GPT, HUMAN, GPT]), '<image> in question 2, wanted it in the first'),
+    (record(conversations=[HUMAN, GPT, HUMAN, GPT]), '2 <image> marks for 1 images'),
     (record(ask='<video>\nWhat?', image=None), '<video> in question 1, wanted an image'),
     (record(image=None, video='a.mp4'), 'a video, wanted an image'),
 ], ids=lambda value: value if isinstance(value, str) else '')
@@ -143,6 +143,24 @@ def test_a_bad_sample_is_left_out_and_its_line_says_why(tmp_path, sample, says, 
     assert [item.id for item in read_content(tmp_path, content, limit=1)] == ['good']
     line = json.loads((tmp_path / 'bad_samples.jsonl').read_text())
     one_line(line['reason'], tmp_path / 'data.json', ', sample 1' if ending == 'json' else ':2', says)
+
+
+@pytest.mark.parametrize('asks, n_images, says', [
+    (['<image><image><image>\nWhat?'], 3, '3 images, wanted at most max_images = 2'),
+    (['<image>\nWhat?', 'And?'], 2, '1 <image> marks for 2 images'),
+    (['<image>\nWhat?', '<image> <image>'], 2, '3 <image> marks for 2 images'),
+    (['What?', '<video> <image>'], 1, '<video> in question 2')])
+def test_too_many_images_or_other_numbers_of_marks_are_one_line(tmp_path, asks, n_images, says):
+    turns = [turn for ask in asks for turn in ({'from': 'human', 'value': ask}, GPT)]
+    sample = record(image=['a.png'] * n_images, conversations=turns)
+    assert [item.id for item in read(tmp_path, record('good'), sample, limit=1, max_images=2)] == ['good']
+    one_line(json.loads((tmp_path / 'bad_samples.jsonl').read_text())['reason'], 'data.json, sample 1', says)
+
+
+def test_a_caption_whose_image_comes_later_is_a_bad_sample(tmp_path):
+    sample = record(conversations=[{'from': 'human', 'value': 'Hello'}, GPT, HUMAN, GPT])
+    assert [item.id for item in read(tmp_path, record('good'), sample, limit=1, captions=True)] == ['good']
+    one_line((tmp_path / 'bad_samples.jsonl').read_text().strip(), 'wanted it in the first')
 
 
 def test_a_caption_without_an_image_is_a_bad_sample(tmp_path):
@@ -269,6 +287,37 @@ def test_an_image_stands_where_its_item_says(offset, before, after):
     assert example.ids[image_start:].tolist() == start[image_start:] + [
         10, 4, *map(ord, 'assistant\nA'), 5, 10]
     assert example.ids[image_start] == 3
+
+
+@pytest.mark.parametrize('asks, wanted', [
+    (['<image>\n<image>\nQ'], ['#\n#\nQ']), (['<image> <image>Q'], ['#\n#\nQ']), (['Q<image>\n<image>'], ['Q\n#\n#']),
+    (['A <image> B <image>\nQ'], ['A # B #\nQ']), (['<image>\nA<image>'], ['#\nA\n#']),
+    (['<image> A <image> Q'], ['#\nA # Q']), (['<image><image>'], ['#\n#\n']),
+    (['<image>\nQ', 'R\n<image>', 'S'], ['#\nQ', 'R\n#', 'S']),
+    (['Q', 'Is <image> like <image>?'], ['Q', 'Is # like #?'])])
+def test_several_images_stand_where_their_marks_do_in_any_question(tmp_path, asks, wanted):
+    turns = [turn for ask in asks for turn in ({'from': 'human', 'value': ask}, GPT)]
+    names = [f'{k}.png' for k in range(str(asks).count('<image>'))]
+    [item] = read(tmp_path, record(image=names, conversations=turns), max_images=2)
+    assert [Path(path).name for path in item.images] == names
+    example = ChatTemplate(Letters(), 2, 256).chat(item)
+    text = ''.join(map(chr, example.ids)).replace('\1\3\3\2', '#')
+    assert re.findall('\4user\n(.*?)\5', text, re.DOTALL) == wanted
+    assert [example.ids[start - 1:start + 3].tolist() for start in example.image_starts] == len(names) * [[1, 3, 3, 2]]
+    labels = ''.join(chr(id) for id in example.ids[example.label_positions])
+    assert labels == len(asks) * 'a dot\5' and not example.truncated
+
+
+def test_an_image_that_does_not_fit_is_left_out_whole_with_what_follows():
+    item = Item('a', ('a.png', 'b.png'), (('Q', 'A'), ('R', 'B')), image_places=((0, 0), (1, 0)))
+    whole = ChatTemplate(Letters(), 2, 64).chat(item)
+    second = whole.image_starts[1]
+    for room in -1, 0, 1, 2:                           # up to one id short of its <|vision_end|>
+        cut = ChatTemplate(Letters(), 2, int(second) + room).chat(item)
+        assert cut.ids.tolist() == whole.ids[:min(second - 1, second + room)].tolist() and cut.truncated
+        assert cut.image_starts.tolist() == [7] and cut.item.images == ('a.png',) and len(cut.label_positions) == 2
+    kept = ChatTemplate(Letters(), 2, int(second) + 3).chat(item)
+    assert kept.image_starts.tolist() == whole.image_starts.tolist() and kept.item == item
 
 
 def test_a_long_text_before_an_image_is_cut_and_the_image_is_whole():
@@ -409,6 +458,28 @@ def test_no_picture_is_on_two_sides_of_a_split_under_another_name_or_caption(tmp
     assert (len(train_set), len(eval_set), len(golden_set)) == (3 * 51, 30, 9)   # held out once, not three times
 
 
+def test_every_sample_that_shares_any_picture_with_a_held_out_one_is_held_out(tmp_path):
+    examples = make_examples(tmp_path, 90)
+    shared = []                                        # of two pictures, the second a copy of that of another sample
+    for k in range(0, 90, 2):
+        paths = (tmp_path / f'own{k}.png', tmp_path / f'copy{k}.png')
+        paths[0].write_text(f'own {k}')
+        paths[1].write_text(f'picture {k}')
+        example = example_of(f'{k}-shared', '', 10)
+        item = replace(example.item, images=tuple(map(str, paths)), image_places=((0, 0), (0, 0)))
+        shared.append(replace(example, item=item, image_starts=ints(1, 4)))
+    train_set, eval_set, golden_set = split(examples + shared, tmp_path)
+    assert len(eval_set) == 30 and any('shared' in id for id in ids(eval_set + golden_set))
+    parts = [pictures(part) for part in (train_set, eval_set, golden_set)]
+    assert not parts[0] & (parts[1] | parts[2]) and not parts[1] & parts[2]
+    pair = next(example for example in eval_set if 'shared' in example.item.id)
+    path = Path(pair.item.images[1])                   # its second picture, other bytes of the same size
+    path.write_text('other'.ljust(path.stat().st_size))
+    with pytest.raises(SystemExit) as e:
+        split(examples + shared, tmp_path)
+    one_line(e.value, 'was chosen from other data', repr(pair.item.id))
+
+
 def test_a_split_is_written_once_and_used_again(tmp_path):
     examples = make_examples(tmp_path, 60)
     first = split(examples, tmp_path)
@@ -436,6 +507,7 @@ DIFFERENT = {
     'answer': lambda examples: (changed(examples, 4, turns=(('', 'rewritten'),)), 4),
     'system': lambda examples: (changed(examples, 5, system='Be brief.'), 5),
     'image': lambda examples: (changed(examples, 6, images=examples[7].item.images), 6),
+    'one more image': lambda examples: (changed(examples, 9, images=2 * examples[9].item.images), 9),
     'place of the image': lambda examples: (changed(examples, 8, image_places=((0, 1),)), 8)}
 
 
@@ -659,6 +731,19 @@ def test_an_example_with_a_bad_picture_is_left_out_and_not_replaced(tmp_path):
         assert found == [[first[0], *first[2:]], second, fourth]
     lines = [json.loads(line) for line in (tmp_path / 'bad.jsonl').read_text().splitlines()]
     assert sorted(line['id'] for line in lines) == sorted(bad)
+
+
+def test_each_example_has_its_images_in_their_order_and_none_when_one_is_bad(tmp_path):
+    examples = []
+    for k, paths in enumerate([('1.png', '2.png'), (), ('3.png',), ('4.png', '5.png')]):
+        starts = ints(*(1 + 3 * n for n in range(len(paths))))
+        examples.append(Example(Item(str(k), paths, ()), np.arange(9, dtype=np.int32), ints(8), starts, False))
+    batch = make_loader(tmp_path).collate(examples)
+    assert batch.images[:, 0, 0, 0].tolist() == [1, 2, 3, 4, 5]
+    assert batch.image_positions.tolist() == [1, 2, 4, 5, 19, 20, 28, 29, 31, 32]      # of two tokens each
+    batch = make_loader(tmp_path, bad={'5'}).collate(examples)
+    assert batch.ids == ['0', '1', '2'] and batch.images[:, 0, 0, 0].tolist() == [1, 2, 3]
+    assert json.loads((tmp_path / 'bad.jsonl').read_text())['id'] == '3'
 
 
 def test_a_bad_picture_above_the_limit_ends_the_run_from_the_thread_that_reads_ahead(tmp_path):

@@ -144,7 +144,7 @@ GROUPS = (
     ('token_model',),
     ('gates',),
     ('small', 'small.world'),
-    ('small.corpus', 'small.codecs'),
+    ('small.corpus', 'small.codecs', 'small.pairs'),
     ('small.models',),
     ('small.make',),
     ('small.score',),

@@ -27,6 +27,10 @@ CHATS = [
     record('one', conversations=[SYSTEM, HUMAN, GPT, {'from': 'human', 'value': ''}, GPT]), TEXT_ONLY,
     record('cut', answer='a very long story ' * 40), record('before', ask='so much ' * 90 + '<image>'),
     record('no label', ask='<image>' + 'long ' * 300), record('ümläut\u2028 😀', image='ümläut.png')]
+SEVERAL = [
+    record('two', image=['a.png', 'ümläut.png'], ask='<image> or\n<image>'), TEXT_ONLY, record('one'),
+    record('later', image=['b.png', 'a.png'], conversations=[HUMAN, GPT, HUMAN, GPT]),
+    record('cut', image=['a.png', 'b.png'], ask='<image> so much ' + 'more ' * 90 + '<image>')]
 CAPTIONS = [record('one'), record('long', answer='and so on ' * 60), record('typed', answer=TYPED)]
 TEXTS = [{'text': 'a b'}, {'text': f'{TYPED} and more'}, {'text': 'long ' * 200}]
 
@@ -54,7 +58,7 @@ def listed(tmp_path):
 
         def prepare(self, template, kind='chat', limit=0, rank=0):
             bad_samples = BadSamples(tmp_path / 'bad.jsonl', limit)
-            return prepare(kind, self.path, template, bad_samples, rank=rank, image_root=self.root)
+            return prepare(kind, self.path, template, bad_samples, rank=rank, image_root=self.root, max_images=2)
 
         def files(self):
             return sorted(tmp_path.glob('data.json.prepared/*.safetensors'))
@@ -65,7 +69,8 @@ def one_by_one(listed, template, kind):
     """What the template makes of each sample alone."""
     if kind == 'text':
         return [template.text(text, where) for where, text in read_text_lines(listed.path)]
-    items = read_llava(listed.path, listed.root, BadSamples('', 0, active=False), captions=kind == 'caption')
+    bad_samples = BadSamples('', 0, active=False)
+    items = read_llava(listed.path, listed.root, bad_samples, captions=kind == 'caption', max_images=2)
     return [getattr(template, kind)(item) for item in items]
 
 
@@ -80,7 +85,8 @@ def assert_same_examples(found, wanted):
         assert one.label_ranges is other.label_ranges is None
 
 
-@pytest.mark.parametrize('kind, records', [('chat', CHATS), ('caption', CAPTIONS), ('text', TEXTS)])
+@pytest.mark.parametrize('kind, records', [
+    ('chat', CHATS), ('chat', SEVERAL), ('caption', CAPTIONS), ('text', TEXTS)])
 def test_prepared_examples_are_those_of_the_template(listed, template, kind, records, monkeypatch):
     """Also when the list comes in several parts, and from columns in memory."""
     listed.write(records)

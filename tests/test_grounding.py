@@ -45,6 +45,14 @@ def test_no_two_of_a_set_share_an_input_or_an_output(keys, n_items, size, sizes)
     assert len(set(chosen)) == len(chosen)
 
 
+def test_a_set_holds_inputs_of_one_kind_and_each_kind_has_its_share():
+    keys = [(i, i) for i in range(120)]
+    kinds = [2 if i % 3 == 0 else 1 for i in keys and range(120)]      # pictures of a chat
+    sets = grounding.matching_sets(keys, 120, seed=1, size=20, kinds=kinds)
+    assert [({kinds[i] for i in members}, len(members)) for members in sets] == 4 * [({1}, 20)] + 2 * [({2}, 20)]
+    assert grounding.matching_sets(keys, 120, seed=1, kinds=[1] * 120) == grounding.matching_sets(keys, 120, seed=1)
+
+
 def test_the_ranks_of_a_small_table_are_those_found_by_hand():
     crossed = np.array([[[1.0, 8.0, 5.0],              # [i, j]: output j given input i
                          [2.0, 3.0, 5.0],

@@ -68,7 +68,7 @@ def make_mine(folder):
     for n in range(60):
         colour = ('red', 'blue', 'green')[n % 3]
         more = ' and a big one' * (n % 4)
-        path = folder / 'pictures' / ('cat' if n == 0 else f'more/{n:02d}')
+        path = folder / 'pictures' / {0: 'cat', 2: 'cup'}.get(n, f'more/{n:02d}')
         picture = Image.fromarray(rng.integers(0, 256, (24, 32, 3), np.uint8))
         picture.save(f'{path}.png' if n % 2 == 0 else f'{path}.jpg')
         # as some editors write it, the lines of some word processors inside
@@ -108,7 +108,7 @@ def test_every_command_of_the_page_on_your_own_data_runs_in_its_order(checkout, 
         return run_here(script, *words, *instead.split(), *more)
 
     commands = shown(OWN)
-    assert len(commands) == 15 and len(named_blocks(OWN)) == 7
+    assert len(commands) == 16 and len(named_blocks(OWN)) == 7
     for command in commands:
         status, printed = run(command)
         judged = status == 1 and ('FAILED at' in printed or command == 'python gates.py out')
@@ -132,12 +132,13 @@ def test_every_command_of_the_page_on_your_own_data_runs_in_its_order(checkout, 
     assert FAILS[-1] in status
 
 
-def read_chat(folder, **change):
+def read_chat(folder, captions=False, max_images=4, **change):
     """read_llava of a list of one chat with something changed in it."""
     turns = [{'from': 'human', 'value': '<image>\nWhat?'}, {'from': 'gpt', 'value': 'red'}]
     chat = {'id': '1', 'image': 'a.png', 'conversations': turns, **change}
     (folder / 'chats.json').write_text(json.dumps([chat]))
-    lists.read_llava(folder / 'chats.json', folder, BadSamples(folder / 'bad.jsonl', 0))
+    bad_samples = BadSamples(folder / 'bad.jsonl', 0)
+    lists.read_llava(folder / 'chats.json', folder, bad_samples, captions=captions, max_images=max_images)
 
 
 def read_line(folder, **change):
@@ -200,7 +201,9 @@ PROVOKE = {
     'is not a list of human and gpt turns in pairs': lambda folder: read_chat(folder, conversations=[QUESTION]),
     'an empty answer': lambda folder: read_chat(folder, conversations=[QUESTION, NO_ANSWER]),
     'wanted one each': lambda folder: read_chat(folder, conversations=[QUESTION, ANSWER]),
-    'wanted it in the first': lambda folder: read_chat(folder, conversations=2 * [SHOWN, ANSWER]),
+    'wanted at most max_images': lambda folder: read_chat(folder, image=5 * ['a.png']),
+    'wanted it in the first': lambda folder: read_chat(folder, captions=True, conversations=[
+        QUESTION, ANSWER, SHOWN, ANSWER]),
     'to evaluate on: add data or lower n_eval and n_golden': split_too_few,
     'silent in its first': lambda folder: read_sound(folder, np.zeros(8000)),
     'truncated': lambda folder: read_sound(folder, np.full(8000, 0.5), n_bytes=5000),

@@ -92,10 +92,10 @@ def test_an_interviews_answers_are_true_of_its_things():
 
 def test_no_scene_is_in_two_sets(tmp_path):
     make.make_captions(tmp_path / 'captions', n=60)
-    make.make_instruct(tmp_path / 'instruct', n=60)
+    make.make_instruct(tmp_path / 'instruct', n=60, n_pairs=20)
     captions = score.read_truth(tmp_path / 'captions', world.as_scene)
     chats = score.read_truth(tmp_path / 'instruct', world.as_scene)
-    assert len(set(captions.values()) | set(chats.values())) == 120
+    assert len(set(captions.values()) | set(chats.values())) == 160
     # the same draws once more: none that was used comes again
     used = set(captions.values())
     rng = np.random.default_rng(104)
@@ -121,8 +121,8 @@ def test_sounds_come_with_two_captions_each_and_their_truth(tmp_path):
 # the same bytes again
 
 
-def test_world_1_has_the_seeds_101_to_109_and_no_two_worlds_share_one():
-    assert sorted(world.part_seed(part, 1) for part in world.SEED_NUMBERS) == list(range(101, 110))
+def test_world_1_has_the_seeds_101_to_110_and_no_two_worlds_share_one():
+    assert sorted(world.part_seed(part, 1) for part in world.SEED_NUMBERS) == list(range(101, 111))
     assert world.part_seed('text', 2) == 201
     assert set(make.PARTS) < set(world.SEED_NUMBERS)
 

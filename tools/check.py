@@ -39,7 +39,7 @@ SCRIPTS = {'a11': 'sweep_a11.py', 'a1': 'train_a1.py', 'a2': 'train_a2.py', 'b1'
            'b3': 'train_b3.py', 'b4': 'train_b4.py'}
 READ_AND_WRITE = [task for task, (modality, _) in TASKS.items() if modality]
 SAME = ('llm', 'image_codec', 'image_prefix', 'audio_codec', 'audio_prefix')   # along a chain
-TYPICAL = {'a1': (128, 40), 'a2': (1024, 400)}         # tokens and labels of an example where they are not known
+TYPICAL = {'a1': (128, 40, 1), 'a2': (1024, 400, 1)}   # tokens, labels and images where they are not known
 PICTURE_CODES = {'deepseek-community/Janus-Pro-1B': (24 * 24, 16_384)}         # codes of a picture, of how many
 SOUND_CODES = {'kyutai/mimi': (12.5, 32, 2048)}        # frames a second, codebooks, codes of each
 
@@ -216,7 +216,8 @@ def check_lengths(stage):
     template = ChatTemplate(load_tokenizer(folder), stage.setting('num_image_tokens') or 0, most)
     make_example = template.caption if stage.kind == 'a1' else template.chat
     examples = [make_example(sample) for sample in sampled]
-    stage.longest = (max(map(len, examples)), max(len(example.label_positions) for example in examples))
+    stage.longest = (max(map(len, examples)), max(len(example.label_positions) for example in examples),
+                     max(len(example.image_starts) for example in examples))
     cut = sum(example.truncated for example in examples) / len(examples)
     say = stage.wrong if cut > stage.settings['gate_truncated'] else stage.ok
     say(f'{cut:.1%} of the samples are cut at max_seq_len = {most}; the longest has {stage.longest[0]} tokens')
@@ -240,11 +241,11 @@ def check_memory(stage, card_gib, ranks):
         return
     shape = {}
     if track_a:
-        tokens, labels = stage.longest or TYPICAL[stage.kind]
+        tokens, labels, images = stage.longest or TYPICAL[stage.kind]
         for name in 'num_image_tokens', 'connector_width', 'connector_depth', 'connector_heads':
             shape[name.removeprefix('connector_')] = stage.setting(name)
         shape['vision_ln'] = bool(stage.setting('vision_ln'))
-        step = Step(settings['micro_batch_size'], tokens, labels, ranks=ranks)
+        step = Step(settings['micro_batch_size'], tokens, labels, images=images, ranks=ranks)
     else:
         most = max(n for n, _ in codes.values())
         tokens = min(most + 100, settings['max_seq_len'])

@@ -42,7 +42,7 @@ class Stage:
     samples: list = field(default_factory=list)        # Items or CaptionedMedia of its lists
     media: dict = field(default_factory=dict)          # modality: [path], each once
     n_train: dict = field(default_factory=dict)        # B3, B4: modality: captions to train on
-    longest: tuple = ()                # tokens and labels of the longest example sampled
+    longest: tuple = ()                # tokens, labels and images of the longest example sampled
     n_wrong: int = 0
 
     def say(self, kind, text):
@@ -140,14 +140,14 @@ def local_folder(name):
 
 
 @cache
-def read_captioned(path, root):
+def read_captioned(path, root, max_images):
     """(samples, Reasons) of a list: of LLaVA's when root is its images, of sounds when path is a CSV, else a
     manifest."""
     reasons = Reasons()
     if Path(path).suffix == '.csv':
         samples = read_sound_folder(root, path, reasons)
     elif root:
-        samples = read_llava(path, root, reasons)
+        samples = read_llava(path, root, reasons, max_images=max_images)
     else:
         samples = read_manifest(path, reasons)
     return list(samples), reasons
@@ -170,7 +170,7 @@ def check_lists(stage):
     wrong = {}
     for path, root in lists_of(stage.settings):
         try:
-            samples, reasons = read_captioned(path, root)
+            samples, reasons = read_captioned(path, root, stage.settings.get('max_images', 1))
         except SystemExit as e:
             stage.wrong(str(e))
             continue

@@ -97,23 +97,24 @@ def open_json(row):
 # a row as LLaVA's records
 
 
-def picture_of(row):
-    """The bytes of a row's picture, or None where it has none."""
-    value = next((row[name] for name in IMAGE_COLUMNS if row.get(name) is not None), None)
-    if isinstance(value, list):
-        if len(value) > 1:
-            raise BadSample(f'{len(value)} images, wanted one')
-        value = value[0] if value else None
-    if isinstance(value, dict):
-        if value.get('bytes') is None and value.get('path'):
-            raise BadSample(f'image {value["path"]!r} is named and not inside')
-        value = value.get('bytes')
-    if value is not None and not isinstance(value, bytes):
-        raise BadSample(f'image is {type(value).__name__}, wanted the bytes of a file')
-    return value
+def pictures_of(row):
+    """[bytes] of a row's pictures."""
+    values = next((row[name] for name in IMAGE_COLUMNS if row.get(name) is not None), [])
+    found = []
+    for value in values if isinstance(values, list) else [values]:
+        if isinstance(value, dict):
+            if value.get('bytes') is None and value.get('path'):
+                raise BadSample(f'image {value["path"]!r} is named and not inside')
+            value = value.get('bytes')
+        if value is not None and not isinstance(value, bytes):
+            raise BadSample(f'image is {type(value).__name__}, wanted the bytes of a file')
+        found.append(value)
+    if None in found and len(found) > 1:
+        raise BadSample(f'{found.count(None)} of {len(found)} images are empty')
+    return [content for content in found if content is not None]
 
 
-def chats_of(row, has_picture):
+def chats_of(row, n_pictures):
     """[LLaVA's conversations] of a row: one chat, or one for each caption."""
     name = next((name for name in TEXT_COLUMNS if row.get(name) is not None), None)
     if name is None:
@@ -136,11 +137,11 @@ def chats_of(row, has_picture):
             chats.append([{'from': 'human', 'value': QUESTION}, answer])
     for chat in chats:
         _, turns = read_turns(chat, name)
-        if has_picture and not any('<image>' in question for question, _ in turns):
+        if n_pictures and not any('<image>' in question for question, _ in turns):
             first = next(turn for turn in chat if turn['from'] == 'human')
-            first['value'] = f'<image>\n{first["value"]}'      # the picture's own column says that there is one
+            first['value'] = n_pictures * '<image>\n' + first['value']    # their own column says that they are there
             _, turns = read_turns(chat, name)
-        place_images(turns, int(has_picture), name)
+        place_images(turns, n_pictures, name)
     if not chats:
         raise BadSample(f'{name} is empty')
     return chats
@@ -164,14 +165,19 @@ def write_picture(content, stem):
 
 
 def records_of(row, n, stem, images):
-    """LLaVA's records of a row, whose picture is written to stem; or BadSample. images: the root of their paths."""
+    """LLaVA's records of a row, whose picture is written to stem, several to stem_0 and so on; or BadSample. images:
+    the root of their paths."""
     try:
         row = open_json(row)
         record = {'id': id_of({'id': row.get('id')}, n, 'row')}
-        content = picture_of(row)
-        chats = chats_of(row, content is not None)
-        if content is not None:
-            record['image'] = write_picture(content, stem).relative_to(images).as_posix()
+        pictures = pictures_of(row)
+        chats = chats_of(row, len(pictures))
+        paths = []
+        for k, content in enumerate(pictures):
+            place = stem if len(pictures) == 1 else stem.with_name(f'{stem.name}_{k}')
+            paths.append(write_picture(content, place).relative_to(images).as_posix())
+        if paths:
+            record['image'] = paths if len(paths) > 1 else paths[0]
         return [{**record, 'conversations': chat} for chat in chats]
     except BadSample as e:
         return e

@@ -122,7 +122,7 @@ def export_graft(vlm, adapter, folder, run, meta):
         files = {path.name: sha256_file(path) for path in sorted(beside.iterdir())}
         config = {
             'stage': meta['stage'], 'step': meta['step'], 'model': model, 'template': template,
-            'max_seq_len': meta['settings']['max_seq_len'],
+            'max_seq_len': meta['settings']['max_seq_len'], 'max_images': meta['settings'].get('max_images', 1),
             'think_block': think_block, 'dtype': meta['settings']['dtype'],
             'frozen_sha256': meta['frozen_sha256'], 'frozen_dtype': trained_in, 'files': files}
         (beside / 'config.json').write_text(json.dumps(config, indent=1) + '\n')
@@ -131,7 +131,7 @@ def export_graft(vlm, adapter, folder, run, meta):
             'card_graft.md', beside, run, meta, library='nanograft', name=Path(folder).name,
             llm=base_name(model['llm']), vision=base_name(model['vision']), template=template,
             image_markers=chat_template.image_markers, num_image_tokens=n_image_tokens, connector=f'{n_connector:,}',
-            frozen_dtype=trained_in)
+            frozen_dtype=trained_in, max_images=config['max_images'])
 
 
 def load_exported(folder, llm='', vision='', device='cpu', dtype='auto'):
@@ -155,7 +155,7 @@ def load_exported(folder, llm='', vision='', device='cpu', dtype='auto'):
     if config['stage'] == 'a2':
         PeftModel.from_pretrained(vlm.llm, folder)     # puts LoRA into the language model in its place
     return VisionChat(vlm.to(device), model['llm'], model['vision'], config['max_seq_len'],
-                      config.get('think_block', False))
+                      config.get('think_block', False), config.get('max_images', 1))
 
 
 def read_config(folder):

@@ -41,6 +41,7 @@ class Step:
     micro_batch_size: int = 16
     example_tokens: int = 128      # of one example, image tokens included
     labels: int = 40               # of these, text to predict
+    images: int = 1                # of one example, Track A
     codes: int = 0                 # of these, codes to predict
     code_range: int = 0            # ids of the range that a code is one of
     half: bool = True              # frozen weights in bfloat16, else in float32
@@ -95,7 +96,7 @@ def memory_needed(stage, llm, tower, step, trained):
         if not step.checkpointing:                     # nor is their cast kept: a layer comes whole in that precision
             n_kept -= n_sharded[True]
     if 'connector' in parts:
-        activations += step.micro_batch_size * connector_bytes(parts['connector'], tower, llm, number)
+        activations += step.micro_batch_size * step.images * connector_bytes(parts['connector'], tower, llm, number)
     if step.half:                                      # casts of what is multiplied by, which input rows are not
         activations += number * (n_kept if 'connector' in parts else n_kept - parts['new_rows'][0].numel())
     logits = logits_at_once(llm, step)
@@ -285,6 +286,7 @@ if __name__ == '__main__':
     micro_batch_size = 8           # examples of a micro-batch on one GPU
     example_tokens = 128           # tokens of an example, image tokens included: that of the longest ones
     labels = 40                    # of these, text to predict
+    images = 1                     # of an example (Track A)
     codes = 0                      # of these, codes to predict (Track B)
     code_range = 16_384            # ids of the range that a code is one of
     new_rows = 32_772              # new ids of the token space
@@ -305,8 +307,8 @@ if __name__ == '__main__':
         print(table())
         raise SystemExit(0)
     tower = known_config(vision, SiglipVisionConfig) if stage in ('a1', 'a2') else None
-    step = Step(micro_batch_size, example_tokens, labels, codes=codes, code_range=code_range, ranks=ranks,
-                checkpointing=gradient_checkpointing, shard=shard)
+    step = Step(micro_batch_size, example_tokens, labels, images=images, codes=codes, code_range=code_range,
+                ranks=ranks, checkpointing=gradient_checkpointing, shard=shard)
     trained = Trained({'num_image_tokens': num_image_tokens}, new_rows, lora_r=lora_r, full_tune=full_tune)
     for part, size in memory_needed(stage, known_config(llm, Qwen3Config), tower, step, trained).items():
         print(f'{part:<12} {gib(size):>8} GiB')

@@ -183,6 +183,12 @@ def medium(path, label, caption='', is_sound=False, side=256):
     return content
 
 
+def pictures_of(record):
+    """The files of a record of Track A: its image is a path, or a list of several."""
+    images = record['image']
+    return [Path(path) for path in (images if isinstance(images, list) else [images])]
+
+
 def pairs(run):
     """The rows of B1's contact sheet, original and decoded side by side, a picture each."""
     with Image.open(run.path / 'pictures' / 'original_decoded.png', formats=IMAGE_FORMATS) as sheet:
