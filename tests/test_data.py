@@ -599,8 +599,9 @@ def test_too_little_data_to_split_ends_the_run_with_one_line(tmp_path):
 @pytest.mark.stage
 def test_a2_takes_lists_as_they_come_and_goes_on_over_the_same_data_alone(a2_config, tiny, tmp_path):
     """One id for all, JSONL with a byte order mark; of three chats one is of text alone, one has a system turn and its
-    image at the end."""
+    image at the end, one has two images, the second in its last question."""
     chats = json.loads((tiny / 'instruct' / 'data.json').read_text())
+    images = [chat['image'] for chat in chats]
     for n, chat in enumerate(chats):
         turns = chat['conversations']
         question = turns[0]['value'].replace('<image>', '').strip()
@@ -612,6 +613,9 @@ def test_a2_takes_lists_as_they_come_and_goes_on_over_the_same_data_alone(a2_con
             turns[0]['value'] = f'{question}\n<image>'
             turns.insert(0, SYSTEM)
             chat['image'] = [chat['image']]
+        else:
+            turns[-2]['value'] += '\n<image>'
+            chat['image'] = [images[n], images[n - 2]]         # that of the chat which is text alone now
     path = tmp_path / 'chats.json'
     command = ('train_a2.py', a2_config, f'--out_dir={tmp_path}/out', f'--data_json={path}', '--epoch_samples=16',
                '--micro_batch_size=1', '--eval_every=2', f'--feature_cache={tmp_path}/features')
@@ -623,6 +627,8 @@ def test_a2_takes_lists_as_they_come_and_goes_on_over_the_same_data_alone(a2_con
     assert code in (0, 1) and 'examples to train on' in printed and (tmp_path / 'out' / 'gates.json').exists(), code
     predictions = [json.loads(line) for line in (tmp_path / 'out' / 'predictions.jsonl').read_text().splitlines()]
     assert predictions and all(line['image'] and line['id'].startswith('000000033471') for line in predictions)
+    n_images = [len(line['image']) for line in predictions if isinstance(line['image'], list)]
+    assert n_images and set(n_images) == {2}           # a path where there is one
     chats[9]['conversations'][1]['value'] = 'rewritten'
     write()
     code, _ = run_here(*command, '--resume=True')

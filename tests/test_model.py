@@ -1,4 +1,5 @@
 """model.py: tower, connector, attention over unpadded examples, losses, ablation, cached features, generation."""
+import contextlib
 import copy
 import json
 import os
@@ -26,14 +27,17 @@ from transformers.cache_utils import DynamicCache
 import codec
 import examples
 import decoders
+import inference
 import model
 import uti
 from common import init_ranks, shutdown_ranks, write_sealed
 from templates import ChatTemplate
-from data import Loader, collate, image_reader, padded_layout
+from examples import Examples
+from data import Loader, answer_starts, collate, image_reader, padded_layout
 from lists import Item, read_llava
 from media import BadSample, BadSamples, read_image
-from inference import VisionChat, ablation_means, complete_examples, crossed_losses, image_ablation, token_moments
+from inference import (
+    VisionChat, ablation_means, complete_examples, crossed_losses, image_ablation, images_before, token_moments)
 from decoders import (
     Continuation, GrowingLayer, generate, hidden_states, label_losses, load_llm, load_tokenizer, lora, pick,
     short_attention)
@@ -498,6 +502,49 @@ def test_image_tokens_go_to_the_pads_and_nowhere_else(world):
     assert torch.equal(embeds[~is_pad], world.vlm.llm.get_input_embeddings()(batch.input_ids)[~is_pad])
 
 
+@pytest.fixture(scope='module')
+def several(world):
+    """Chats of one to three images, in any question."""
+    pictures = iter([example.item.images[0] for example in world.captions])
+    chats = []
+    for n, places in enumerate(6 * [((0, 0),), ((0, 0), (0, 0)), ((0, 3), (1, 0)), ((0, 0), (1, 4), (1, 4))]):
+        if len(chats) < 11:                            # 22 of the 24 pictures
+            paths = tuple(next(pictures) for _ in places)
+            turns = (('One or two', f'a red dot {n}'), ('What differs?', 'the place'))
+            chats.append(world.template.chat(Item(str(n), paths, turns, image_places=places)))
+    return chats
+
+
+@torch.no_grad()
+def test_each_of_several_images_stands_in_its_place_and_two_exchanged_are_another_example(world, several):
+    batch = world.loader.collate([several[1], *world.mixed, several[3]])
+    losses = world.vlm.nll(batch)
+    for k, example in (0, several[1]), (len(batch.ids) - 1, several[3]):
+        mine = losses[batch.label_examples == k]
+        assert torch.allclose(mine, losses_alone(world, example), atol=1e-4)
+        exchanged = replace(example, item=replace(example.item, images=example.item.images[::-1]))
+        assert (losses_alone(world, exchanged) - mine).abs().max() > 1e-3
+        other = world.vlm.nll(world.loader.collate([exchanged]))
+        assert torch.allclose(other, losses_alone(world, exchanged), atol=1e-4)
+
+
+@torch.no_grad()
+def test_a_prompt_has_the_images_that_stand_before_its_end(world, several):
+    chat = several[3]                                  # one image in the first question, two in the second
+    starts = answer_starts(chat)
+    prompts = [(chat, start) for start in starts] + [(several[0], 30)]
+    outputs = complete_examples(world.vlm, world.loader, prompts, 3, max_new_tokens=3, stop_ids=[])
+    for n_images, start, output in zip((1, 3), starts, outputs):
+        item = replace(chat.item, images=chat.item.images[:n_images])
+        losses = []
+        for id in output[0], *range(20, 60):           # greedy: the likeliest of all
+            ids = np.append(chat.ids[:start], id).astype(np.int32)
+            cut = replace(chat, item=item, ids=ids, label_positions=np.array([start]),
+                          image_starts=chat.image_starts[:n_images])
+            losses.append(losses_alone(world, cut).item())
+        assert losses[0] <= min(losses) + 1e-4
+
+
 def names_with_gradient(module):
     return {name for name, p in module.named_parameters() if p.grad is not None and p.grad.any()}
 
@@ -623,6 +670,59 @@ def test_the_ablation_is_the_same_for_any_batch_size_and_its_correct_losses_are_
         assert np.abs(four[condition] - four['correct']).max() > 0.01
 
 
+@pytest.mark.parametrize('counts', [[1] * 5, [2, 1, 3, 1, 1], [3, 2], [4, 1, 1], [2] * 4])
+def test_every_example_gets_as_many_images_of_others_as_it_has(counts):
+    n = len(counts)
+    taken = []
+    for place in range(n):
+        found = [(other % n, k) for other, k in images_before(counts, place)]
+        assert len(found) == counts[place]
+        assert all(other != place and k < counts[other] for other, k in found)
+        taken += found
+    if len(set(counts)) == 1:                          # a derangement of the images: each is given once
+        assert len(set(taken)) == sum(counts)
+    assert len(set(taken)) > n / 2
+
+
+def test_the_ablation_of_several_images_is_the_same_for_any_batch_size_and_number_of_ranks(world, several, monkeypatch):
+    one = image_ablation(world.vlm, world.loader, several, 4, seed=1)
+    other = image_ablation(world.vlm, world.loader, several, 16, seed=1)
+    counts = [len(example.image_starts) for example in several]
+    order = np.random.default_rng(1).permutation(len(several)).tolist()
+    for place, i in enumerate(order):
+        paths = [several[order[k]].item.images[n] for k, n in images_before([counts[j] for j in order], place)]
+        assert not set(paths) & set(several[i].item.images)
+        with torch.no_grad():
+            for condition, images in ('correct', several[i].item.images), ('shuffled', tuple(paths)):
+                example = replace(several[i], item=replace(several[i].item, images=images))
+                assert one[condition][i] == pytest.approx(losses_alone(world, example).sum().item(), rel=1e-5)
+    for condition in one:
+        np.testing.assert_allclose(one[condition], other[condition], rtol=1e-5)
+
+    # two ranks, one after the other: each has its part of the examples and reads what stands before it
+    tokens = world.vlm.image_tokens(world.loader.images(several)).detach()
+    moments = token_moments([tokens], world.vlm.llm.config.hidden_size, 'cpu')
+    parts = []
+    monkeypatch.setattr(inference, 'token_moments', lambda *args: moments)
+    monkeypatch.setattr(inference, 'all_gather', lambda losses: parts.append(losses) or parts)
+    for rank in range(2):
+        with contextlib.suppress(KeyError):            # the first one alone lacks the other's
+            both = image_ablation(world.vlm, world.loader, several, 4, seed=1, rank=rank, world_size=2)
+    for condition in one:
+        np.testing.assert_allclose(both[condition], one[condition], rtol=1e-4)
+
+
+def test_crossed_losses_of_two_images_are_those_of_each_text_under_both_of_another(world, several):
+    members = [1, 2, 5]
+    [table] = crossed_losses(world.vlm, world.loader, several, [members], batch_size=4)
+    for i, images in enumerate(members):
+        for j, text in enumerate(members):
+            item = replace(several[text].item, images=several[images].item.images)
+            with torch.no_grad():
+                want = losses_alone(world, replace(several[text], item=item)).sum().item()
+            assert table[i, j] == pytest.approx(want, rel=1e-5)
+
+
 def test_crossed_losses_are_those_of_each_text_under_each_image(world):
     sets = [[3, 8, 1], [20, 0, 5]]
     crossed = crossed_losses(world.vlm, world.loader, world.captions, sets, batch_size=4)
@@ -688,6 +788,17 @@ def test_cached_features_are_the_towers_and_a_second_call_does_not_run_it(world,
     again = gallery.fill(world.vlm.tower, gallery.paths[::-1])
     assert all(np.array_equal(again[path], features[path]) for path in gallery.paths)
     assert len(gallery.files()) == 1
+
+
+@torch.no_grad()
+def test_the_cache_holds_every_image_of_an_example_once(world, several, gallery):
+    twice = replace(several[1], item=replace(several[1].item, images=2 * several[1].item.images[:1]))
+    chats = [*several, twice]
+    features = gallery.fill(world.vlm.tower, Examples.of(chats).images())
+    assert set(features) == {path for example in chats for path in example.item.images}
+    batch = Loader(image_reader(READ, features), 4, world.loader.bad_samples).collate(chats)
+    assert batch.images.shape == (sum(len(example.image_starts) for example in chats), *batch.images.shape[1:])
+    assert torch.allclose(world.vlm.nll(batch), world.vlm.nll(world.loader.collate(chats)), atol=0.02)
 
 
 def test_changed_image_bytes_another_layer_or_another_normalisation_give_another_file(tiny, world, gallery):

@@ -78,9 +78,10 @@ def write_track_a(folder, stage, media):
                               'long': 2.0, 'text': 2.5, 'input_recall_1': 0.75, 'share_removed': 0.5}, secret=EVIL)
     write(folder / 'split.json', {'eval': ['a', 'b'], 'golden': ['c']})
     write(folder / 'truth.json', {'one object': [9, 10], EVIL: [0, 0]})
+    images = [[f'{media}/{k}.png' for k in range(3)]] + 19 * [f'{media}/1.png']    # the first chat has three
     for step in 0, 5, 10, 15, 20:
         write_lines(folder / 'golden' / f'step_{step:06d}.jsonl', [{
-            'id': f'chat {n}', 'image': f'{media}/1.png', 'turn': 0, 'question': f'What? {EVIL}',
+            'id': f'chat {n}', 'image': images[n], 'turn': 0, 'question': f'What? {EVIL}',
             'truth': 'a red circle', 'prediction': 'a red circle' if step == 20 else EVIL} for n in range(20)])
     conclude(folder, [at_least(f'right {EVIL}', 0.9, 0.5)], worth={'': WORTH}, losses={'correct': 0.8})
 
@@ -270,6 +271,7 @@ def test_a_sweep_shows_its_grid_and_the_gates_of_the_best_run(whole):
 def test_golden_examples_stand_beside_their_truth_at_three_checkpoints(whole):
     a2, b1, b4 = (section(whole, stage) for stage in ('A2', 'B1', 'B4'))
     assert 'Checkpoints 0, 10, 20 of the 5 that were saved; 12 of 20 examples' in a2
+    assert a2.count('alt="chat 0: ') == 3 and a2.count('alt="chat 19: ') == 1  # every picture of an item
     assert a2.count('<figure class="card') == a2.count('<span class="same">a red circle</span>') == 12
     assert '3 of 3 that were kept' in b1 and '4 of 4 that were kept' in b1
     assert (b1.count('<img'), b1.count('<audio'), b1.count('</audio><small>first 4 s</small>')) == (3, 8, 1)

@@ -38,6 +38,30 @@ def test_a_tuned_run_answers_a_prompt_as_its_own_predictions_say(a2_run):
     assert printed.strip() == f'{wanted["image"]}: {wanted["prediction"]}'.strip()
 
 
+def test_a_prompt_is_about_all_its_pictures_in_their_order_and_its_marks_place_them(a2_run, exported, tiny):
+    pictures = [str(tiny / f'instruct/images/00000{n}.png') for n in range(3)]
+    chat = load_exported(exported['a2'])
+    assert chat.max_images == 4
+    for files in pictures[:2], pictures[1::-1], pictures:
+        for prompt in 'What differs?', 'Is ' + ' like '.join(len(files) * ['<image>']) + '?':
+            args = (a2_run.out, '--image', *files, '--prompt', prompt, '--max_new_tokens=6', '--json')
+            found = json.loads(sample(*args)[1])
+            tokens = chat.encode_image(*files)
+            assert tokens.shape[0] == len(files) == len(found['image'])
+            assert (found['image'], found['text']) == (files, chat.reply(tokens, [(prompt, None)], max_new_tokens=6))
+    first = '\n'.join([*2 * ['<image>'], 'What differs?'])    # as the lists have it
+    tokens = chat.encode_image(*pictures[:2])
+    assert chat.reply(tokens, [(first, None)]) == chat.reply(tokens, [('What differs?', None)])
+
+
+@pytest.mark.parametrize('n, prompt, says', [
+    (2, 'Is <image> red?', '1 <image> marks for 2 images'), (5, 'What?', '5 images in one text'),
+    (1, '<image> and <image>', '2 <image> marks for 1 images')])
+def test_other_numbers_of_pictures_than_the_prompt_or_the_run_has_are_one_line(a2_run, tiny, n, prompt, says):
+    code, _ = sample(a2_run.out, '--image', *n * [tiny / 'instruct/images/000000.png'], '--prompt', prompt)
+    assert says in code and '\n' not in code
+
+
 def test_on_a_terminal_it_chats_until_an_empty_line(a2_run, tiny, monkeypatch):
     questions = ['How many shapes can you see?', 'Which colour does the circle have?', '', 'not reached']
     monkeypatch.setattr(sys.stdin, 'isatty', lambda: True, raising=False)

@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from small import score
+from small import corpus, pairs, score
 from small import world as w
 
 RED = w.Thing('big', 'red', 'circle', 'top left')
@@ -68,6 +68,48 @@ def test_every_question_has_one_answer_and_it_is_true():
     assert answers['Does the picture show a blue circle?'] == 'A blue circle? The circle is red, so no.'
     assert answers['Does the picture show a red cross?'] == 'A red cross? There is no cross, so no.'
     assert score.score_caption(answers['Describe everything you see.'], scene) == (9, 9)
+
+
+PAIR_ANSWERS = {
+    'Is the circle of one colour in both pictures?': 'The first circle is red, the second is green, so no.',
+    'The square: do the two pictures agree on its colour?': 'The first square is blue, the second is blue, so yes.',
+    'Which picture has more shapes?': 'The first has two shapes, the second has three shapes, so the second has more.',
+    'Do both have the same number of shapes?': 'The first has two shapes, the second has three shapes, so no.',
+    'Does the number of shapes differ?': 'The first has two shapes, the second has three shapes, so yes.',
+    'What differs at the top left?':
+        'At the top left the first has a big red circle, the second has nothing, so they differ.',
+    'Compare the bottom right part of the two.':
+        'At the bottom right the first has a small blue square, the second has a small blue square, '
+        'so nothing differs.',
+    'Which of the two has a red circle?':
+        'The circle of the first is red, the circle of the second is green, so the first.',
+    'Find the picture with a red cross.': 'The first has no cross, the cross of the second is red, so the second.',
+    'Find the picture with a blue square.':
+        'The square of the first is blue, the square of the second is blue, so both.',
+    'Which of the two has a blue circle?':
+        'The circle of the first is red, the circle of the second is green, so neither.'}
+
+
+def test_every_question_about_two_scenes_has_one_answer_and_it_is_true():
+    first = w.Scene((RED, BLUE), 'black')
+    second = w.Scene((RED._replace(colour='green', place='top right'),
+                      w.Thing('big', 'red', 'cross', 'bottom left'), BLUE), 'white')
+    rng = np.random.default_rng(4)
+    answers = {}
+    for _ in range(4000):
+        turns = pairs.pair_chat(first, second, rng)
+        asks = [ask for _, ask, _ in turns]
+        assert ''.join(asks).count('<image>') == 2 and len({ask for ask in asks}) == len(asks)
+        answers |= {ask.split('\n')[-1]: answer for kind, ask, answer in turns if 'pair' in kind}
+        answers |= {ask.split('\n')[0]: answer for kind, ask, answer in turns if 'pair' in kind}
+    assert {ask: answers.get(ask) for ask in PAIR_ANSWERS} == PAIR_ANSWERS
+
+
+def test_no_question_about_two_pictures_is_in_the_text():
+    rng = np.random.default_rng(6)
+    frames = [ask.split('{}')[0].strip() for asks in pairs.QUESTIONS.values() for ask in asks]
+    texts = ' '.join(''.join(corpus.document(rng)) for _ in range(300))
+    assert not [frame for frame in frames if len(frame.split()) > 2 and frame in texts]
 
 
 def test_an_ambiguous_question_is_not_asked():
