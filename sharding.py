@@ -9,7 +9,6 @@ In training mode the weights are in shards, in eval mode they are whole. Every l
 ranks, and ranks evaluate and generate different numbers of batches and of tokens: each does so for itself.
 """
 import pickle
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -40,7 +39,7 @@ def shard_layers(llm, device):
         for layer in llm.base_model.layers:
             whole = {p for name, p in layer.named_parameters() if p.ndim < 2 or 'lora_' in name}
             shard(layer, ignored_params=whole)
-        # of the root only the order of its layers
+        # of the root nothing is left to cut: it starts the next layer's gathering while one is computed
         shard(llm.base_model, ignored_params=set(llm.base_model.parameters()))
         for module in sharded_modules(llm):
             module.set_gradient_divide_factor(1.0)     # sums: the loss was divided by the labels of all ranks
@@ -72,15 +71,15 @@ def back_to_shards(llm):
     llm.is_whole = False
 
 
-@contextmanager
-def step_together(llm, n_passes):
-    """Around a rank's passes forward and backward of a step, n_passes: with shards all ranks have to make as many."""
+def step_together(llm, batches):
+    """This rank's batches of a step, one by one, each to go forward and backward. With shards all ranks have to make as
+    many passes: after its own batches a rank that has fewer makes some of nothing."""
     if not sharded_modules(llm):
-        yield
+        yield from batches
         return
-    n_missing = max(all_gather(n_passes)) - n_passes
+    n_missing = max(all_gather(len(batches))) - len(batches)
     with WATCH.collective(llm.device.type):
-        yield
+        yield from batches
         for _ in range(n_missing):
             pass_of_nothing(llm)
 

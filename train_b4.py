@@ -273,11 +273,10 @@ def forward_backward(batches):
     """Gradients of the whole step's loss, sum over its labels / their count over all ranks; returns the loss."""
     n_labels = all_sum(sum(batch.n_labels for batch in batches))
     loss = torch.zeros((), device=device, dtype=torch.float64)
-    with step_together(model.llm, len(batches)):
-        for batch in batches:
-            loss_sum = model(batch.to(device))
-            (loss_sum / max(n_labels, 1)).backward()
-            loss += loss_sum.detach()
+    for batch in step_together(model.llm, batches):
+        loss_sum = model(batch.to(device))
+        (loss_sum / max(n_labels, 1)).backward()
+        loss += loss_sum.detach()
     reduce_gradients(trainable.values())               # a sum: the division above was by the labels of all ranks
     return all_sum(loss) / max(n_labels, 1), n_labels
 

@@ -23,6 +23,7 @@ class Watch:
     def start(self):
         store = dist.distributed_c10d._get_default_store()   # by which the ranks found each other; no public name
         atexit.register(self.tell_end, store)
+        sys.excepthook = say_in_a_line
         threading.Thread(target=self.look, args=(store,), daemon=True).start()
         # a connection of its own: asking a rank that was stopped takes for ever, and nobody else can ask meanwhile
         threading.Thread(target=self.hear, args=(store.clone(),), daemon=True).start()
@@ -41,10 +42,9 @@ class Watch:
         try:
             yield
         except RuntimeError as e:
-            if device != 'cpu' or 'gloo' not in str(e):   # of CUDA, or of what is computed between the messages
+            if device != 'cpu' or not is_of_gloo(e):   # of CUDA, or of what is computed between the messages
                 raise
-            raise SystemExit(f'rank {dist.get_rank()}: another rank has ended, its own lines say why '
-                             f'({str(e).splitlines()[0]})')
+            raise SystemExit(end_of_another(e))
         finally:
             self.since = None
 
@@ -77,6 +77,22 @@ class Watch:
                 if self.since is not None and store.check(['ended']):
                     time.sleep(1)                      # gloo's own line comes first where there is one
                     leave(f': rank {store.get("ended").decode()} has ended, its own lines say why')
+
+
+def is_of_gloo(e):
+    return isinstance(e, RuntimeError) and 'gloo' in str(e)
+
+
+def end_of_another(e):
+    return f'rank {dist.get_rank()}: another rank has ended, its own lines say why ({str(e).splitlines()[0]})'
+
+
+def say_in_a_line(kind, e, traceback):
+    """Of weights in shards the messages are inside of the model: what is raised there comes out anywhere."""
+    if is_of_gloo(e) and dist.is_initialized():
+        sys.stderr.write(end_of_another(e) + '\n')
+    else:
+        sys.__excepthook__(kind, e, traceback)
 
 
 def leave(words):

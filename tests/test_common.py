@@ -22,7 +22,7 @@ from common import (
     Progress, all_gather, all_sum, frozen_dtype, gather_in_order, has_checkpoint, in_parts, init_ranks, load_checkpoint,
     lock_run, on_rank_0, progress, rank_parts, read_sealed, reduce_gradients, require_vacant, save_checkpoint,
     seed_everything, sha256_tensors, shutdown_ranks, whole_folder, write_atomic, write_sealed)
-from watch import WATCH, wait_at_most
+from watch import WATCH, say_in_a_line, wait_at_most
 
 
 def start(function, *args):
@@ -486,6 +486,16 @@ def test_a_rank_that_waits_where_nothing_tells_it_hears_of_one_that_has_failed(c
     assert process.exitcode == 1
     said = [line for line in capfd.readouterr().err.splitlines() if line.startswith('rank 0')]
     assert said == ['rank 0: rank 1 has ended, its own lines say why']
+
+
+def test_what_gloo_raises_inside_of_a_model_is_one_line_and_anything_else_a_traceback(monkeypatch, capsys):
+    monkeypatch.setattr(dist, 'is_initialized', lambda: True)
+    monkeypatch.setattr(dist, 'get_rank', lambda: 3)
+    for e in RuntimeError('[third_party/gloo/tcp/pair.cc:553] Connection closed\nby peer'), RuntimeError('a shape'):
+        say_in_a_line(type(e), e, None)
+    assert capsys.readouterr().err == (
+        'rank 3: another rank has ended, its own lines say why ([third_party/gloo/tcp/pair.cc:553] Connection closed)\n'
+        'RuntimeError: a shape\n')
 
 
 def test_on_a_gpu_hosts_talk_over_gloo_and_devices_over_nccl(monkeypatch):

@@ -161,14 +161,14 @@ REMOVES = {gates.SHARE_REMOVED}
 COLLAPSE = {'captions: different ones', 'captions: the commonest one'}
 NEARER = {'captions: nearer to their own truth, F1 of words'}
 COSTS = {'shuffled image costs more than the right one'}
-FORWARD = '            loss_sum = model(batch.to(device))\n'
+FORWARD = '        loss_sum = model(batch.to(device))\n'
 TWINS = {                      # name: (steps, a line before FORWARD, gates that it fails; of others it may fail any)
     'it sees': (100, '', set()),
     'it has begun': (2, '', REMOVES | LOOKS | COLLAPSE | NEARER),
-    'it sees one half': (100, '            batch.images[..., 16:] = 127\n', LOOKS),
-    'it sees nothing': (100, '            batch.images = torch.full_like(batch.images, 127)\n',
+    'it sees one half': (100, '        batch.images[..., 16:] = 127\n', LOOKS),
+    'it sees nothing': (100, '        batch.images = torch.full_like(batch.images, 127)\n',
                         REMOVES | LOOKS | COLLAPSE | NEARER | COSTS),
-    'captions dealt to others': (100, '            batch.images = batch.images.roll(1, 0)\n',
+    'captions dealt to others': (100, '        batch.images = batch.images.roll(1, 0)\n',
                                  REMOVES | LOOKS | COLLAPSE | NEARER | COSTS),
     'one good caption': (100, '', REMOVES | LOOKS | COLLAPSE | NEARER),
 }

@@ -270,10 +270,10 @@ def test_the_table_of_the_page_is_what_the_function_gives(plan):
 
 
 def test_every_command_of_the_page_takes_a_batch_that_the_table_says_fits(plan):
-    largest = {}                                       # {(stage, base, full_tune, GiB of a GPU): micro_batch_size}
+    largest = {}                                       # {(stage, base, its settings, GiB of a GPU): micro_batch_size}
     for line, (gpu, stage, base, step, trained) in zip(plan.splitlines()[2:], PLAN):
         if line.endswith('| fits |'):
-            key = stage[:2], base, trained.full_tune, gpu.split()[-2]
+            key = stage[:2], base, trained.full_tune, step.shard, step.checkpointing, gpu.split()[-2]
             largest[key] = max(step.micro_batch_size, largest.get(key, 0))
     page = (REPO / 'docs' / 'bigger.md').read_text()
     n_commands = 0
@@ -282,10 +282,11 @@ def test_every_command_of_the_page_takes_a_batch_that_the_table_says_fits(plan):
         for stage, size, more in re.findall(r'train_\w\d\.py configs/(\w\d)_qwen3_([\d.]+b)\.py(.*)', section):
             config = str(REPO / f'configs/{stage}_qwen3_{size}.py')
             settings = configure(settings_of(f'train_{stage}.py'), [config, *more.split()])
-            key = stage, f'Qwen3-{size.upper()}', 'full_tune' in more, gpu
+            chosen = [name in more for name in ('full_tune', 'shard', 'gradient_checkpointing')]
+            key = stage, f'Qwen3-{size.upper()}', *chosen, gpu
             assert settings['micro_batch_size'] <= largest[key], (part, stage, size)
             n_commands += 1
-    assert n_commands == 15
+    assert n_commands == 16
 
 
 def run_tool(monkeypatch, *args):

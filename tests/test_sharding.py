@@ -1,6 +1,7 @@
 """sharding.py: the layers' weights in shards on two and four gloo ranks give what they give whole, in less memory."""
 import math
 import pickle
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -13,6 +14,7 @@ from torch.distributed.tensor import DTensor
 from common import all_sum, corruption_of, load_checkpoint, rank_of, reduce_gradients
 from decoders import checkpoint_layers
 from sharding import TensorReader, places_of, read_shards, save_with_shards, shard_layers, step_together
+from tools.memory import memory_needed
 from training import clip_gradients, grad_norms, names_with_gradient, parameter_groups
 
 CPU = torch.device('cpu')
@@ -45,11 +47,10 @@ def step(model, batch, n_passes):
     """A step of which this rank makes so many passes: (loss over all ranks, gradients by name, whole)."""
     trainable = trainable_of(model)
     total = 0.0
-    with step_together(model.llm, n_passes):
-        for _ in range(n_passes):
-            loss = model(batch)
-            loss.backward()
-            total += loss.item()
+    for again in step_together(model.llm, n_passes * [batch]):
+        loss = model(again)
+        loss.backward()
+        total += loss.item()
     reduce_gradients(trainable.values())
     gradients = {}
     for name, p in trainable.items():
@@ -107,8 +108,13 @@ def test_shards_give_the_gradients_of_whole_weights_with_unlike_many_passes(kind
 @pytest.mark.parametrize('n_ranks', [2, 4])
 def test_a_rank_holds_its_part_of_the_layers_and_no_more(n_ranks):
     matrices = 4 * (64 * 64 + 2 * 64 * 32 + 64 * 64 + 3 * 64 * 192)    # q, k, v, o and the MLP of four layers
-    for found in results_on(n_ranks, sharded_and_whole, 'b4-full_tune', False, False):
-        assert found['whole_bytes'] - found['bytes'] == 4 * matrices * (n_ranks - 1) // n_ranks
+    for kind in 'b3', 'b4', 'b4-full_tune':
+        model, _, step, trained = MAKERS[kind](half=False)
+        step = replace(step, ranks=n_ranks, shard=True)
+        need = memory_needed(kind[:2], model.llm.config, None, step, trained)
+        for found in results_on(n_ranks, sharded_and_whole, kind, False, False):
+            assert found['whole_bytes'] - found['bytes'] == 4 * matrices * (n_ranks - 1) // n_ranks
+            assert found['bytes'] == need['frozen'] + need['trained']
 
 
 def losses_in_eval_mode():

@@ -39,9 +39,9 @@ def test_it_learns_to_see_passes_its_gates_and_writes_what_it_promises(a1_colour
 def test_a_connector_that_never_sees_an_image_fails_the_ordering(a1_config, a1_colours, tmp_path):
     """The run that passed above by an edited copy of the script, which sees grey pictures in training."""
     source = (REPO / 'train_a1.py').read_text()
-    line = '            loss_sum = model(batch.to(device))\n'
+    line = '        loss_sum = model(batch.to(device))\n'
     assert source.count(line) == 1
-    grey = '            batch.images = torch.full_like(batch.images, 127)\n'
+    grey = '        batch.images = torch.full_like(batch.images, 127)\n'
     (tmp_path / 'blind.py').write_text(source.replace(line, grey + line))
     settings = read_log(a1_colours.out, 'run')[0]['settings']
     names = ('data_json', 'image_root', 'llm', 'learning_rate', 'epoch_samples', 'n_eval', 'gate_ablation_nats')

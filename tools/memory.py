@@ -84,7 +84,7 @@ def memory_needed(stage, llm, tower, step, trained):
     n_kept = n_learned                                 # of which a cast is kept
     if step.checkpointing:                             # the input of each layer
         activations += n_tokens * llm.num_hidden_layers * llm.hidden_size * number
-        n_in_layers = sum(p.numel() for p in parts['llm'].model.layers.parameters() if p.requires_grad)
+        n_in_layers = sum(p.numel() for p in parts['llm'].base_model.layers.parameters() if p.requires_grad)
         layer += number * n_in_layers / llm.num_hidden_layers
         n_kept -= n_in_layers
     else:
