@@ -415,23 +415,24 @@ def read_checkpoint(folder, map_location):
 
 
 def load_checkpoint(folder, map_location='cpu'):
-    """(tensors, meta, folder used) of a checkpoint, or of the previous one if this one is damaged.
+    """(tensors, meta, folder used) of a checkpoint, or of the previous one if this one is damaged. On every rank: rank
+    0 looks for damage, so that it is read for that once, and all take the same one.
 
     Raises SystemExit when neither is whole.
     """
     folder = Path(folder)
     candidates = [folder, folder.with_name(folder.name + '.prev')]
-    if corruption_of(beside_of(folder)) is None:       # killed before it was in its place: the newest
+    if on_rank_0(corruption_of, beside_of(folder)) is None:   # killed before it was in its place: the newest
         candidates.insert(0, beside_of(folder))
     if not any(candidate.exists() for candidate in candidates):
         raise SystemExit(f'{folder}: no checkpoint here; is this the out dir of a run, and has it saved one?')
     problems = []
     for candidate in candidates:
-        problem = corruption_of(candidate)
+        problem = on_rank_0(corruption_of, candidate)
         try:
             if problem is None:
                 tensors, meta = read_checkpoint(candidate, map_location)
-                if problems:                           # not in silence: the steps since then are lost
+                if problems and rank_of()[0] == 0:     # not in silence: the steps since then are lost
                     print(f'{problems[0]}: using {candidate}', file=sys.stderr)
                 return tensors, meta, candidate
         except ValueError as e:

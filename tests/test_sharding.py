@@ -11,6 +11,7 @@ from test_memory import track_a, track_b
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+import common
 from common import all_sum, corruption_of, load_checkpoint, rank_of, reduce_gradients
 from decoders import checkpoint_layers
 from sharding import TensorReader, places_of, read_shards, save_with_shards, shard_layers, step_together
@@ -245,3 +246,18 @@ def test_a_full_disk_ends_every_rank_with_a_line(tmp_path, n_bytes):
     assert 'cannot write this checkpoint' in first and 'there is none before it' in first
     assert ('another rank has ended' if n_bytes == 10_000 else 'cannot write the shards of rank 1') in second
     assert '\n' not in first + second and not list(tmp_path.glob('*'))
+
+
+def load_and_count(folder):
+    looked = []
+    whole = common.sha256_file
+    common.sha256_file = lambda path: looked.append(path) or whole(path)
+    return load_checkpoint(folder)[2].name, len(looked)
+
+
+def test_one_rank_looks_for_damage_and_all_take_the_same_checkpoint(tmp_path):
+    for _ in range(2):
+        results_on(2, save_a_step, tmp_path / 'ckpt')
+    (tmp_path / 'ckpt' / 'shards' / '__1_0.distcp').unlink()
+    (folder, n_looked), other = results_on(2, load_and_count, tmp_path / 'ckpt')
+    assert folder == 'ckpt.prev' and n_looked > 5 and other == ('ckpt.prev', 0)
