@@ -66,6 +66,8 @@ def counts(stage, settings):
     if stage in TRAINING:
         per_step = examples_per_step or settings['global_batch_size']
         changed['epoch_samples'] = steps * per_step
+        if stage != 'a1':                              # which measures its time and chooses, as all would
+            changed['eval_every'] = steps
         if examples_per_step:
             changed |= {'global_batch_size': per_step, 'micro_batch_size': min(4, per_step)}
     if stage == 'b2':
@@ -254,7 +256,7 @@ if __name__ == '__main__':
     n_held_out = 8                 # items to evaluate on: 8 are the fewest that gates take
     n_pictures = 32
     n_sounds = 16
-    tokenizer = ''                 # folder of Qwen3's own; '' for a stand-in with as many ids
+    tokenizer = ''                 # folder or name of Qwen3's own; '' for a stand-in with as many ids
     side_by_side = True            # tracks A and B at once: half the time on two cores; False where they share a GPU
     nproc_per_node = 1             # GPUs, or processes of a CPU, of each stage that takes several
     config = configure(globals())
