@@ -107,7 +107,7 @@ def commands(stage):
 
 def run_stage(stage):
     """What went wrong, or ''. What tools/timed.py notes of it is in logs/."""
-    for n, arguments in enumerate(commands(stage)):
+    for n, arguments in enumerate(prepared[stage]):
         log = Path(root) / 'logs' / f'{stage}{n or ""}.txt'
         log.parent.mkdir(exist_ok=True)
         path = log.with_suffix('.json').resolve()
@@ -275,6 +275,7 @@ if __name__ == '__main__':
                  tokenizer=tokenizer)
         write_atomic(made, json.dumps(world))
         print(f'made base models, codecs and data in {time.time() - start:.0f} s: random weights, real widths')
+    prepared = {stage: commands(stage) for stage in stages}    # not side by side: configs are read as by a script alone
     chosen = [[stage for stage in track if stage in stages] for track in TRACKS]
     if side_by_side and all(chosen):
         with ThreadPoolExecutor(2) as threads:
