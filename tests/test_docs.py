@@ -150,6 +150,7 @@ GROUPS = (
     ('small.score',),
     ('tools', 'tools.bench', 'tools.check_data', 'tools.convert', 'tools.export', 'tools.many_shards', 'tools.memory',
      'tools.report', 'tools.synthetic'),
+    ('tools.bench_codecs',),
     ('tools.check', 'tools.real_shapes', 'tools.timed'),
     ('tools.rehearsal',),
     ('train_a1', 'sweep_a11', 'train_a2', 'build_b2', 'train_b3', 'train_b4', 'sample'),

@@ -1,58 +1,69 @@
 """
-What three choices gain. Not tests: no time is asserted.
+What a step takes here, beside what it takes as others write it. Not tests: no time is asserted.
 
-labels    one A1 step at Qwen3's vocabulary, logits at label positions against logits at every position
-new_rows  one B3 step at Qwen3's vocabulary and 12,352 new ids: new rows beside a base that is only read and the loss
-          over each label's range (ours), against full matrices under a gradient mask (mask) and PEFT's TrainableTokens
-          (peft), both with the logits of every position
-b2        tokenizing the media of a config of stage B2: each alone through the bare codec, each alone through UTI, which
-          fills a batch up so that ids never depend on batch mates, and in the batches that build_b2.py makes
+captions  A1: eight captions of 9 to 30 labels behind 64 image tokens. Others: the tower in every step, rows filled up
+          to the longest, a mask, the logits of every position. Ours: the tower in every step, or features from a cache
+chats     A2: LoRA over chats up to 512 and up to 2,048 tokens, half of them labels. Others: rows filled up to the
+          longest in the order they come (padded), or four of like length at a time (grouped)
+new_rows  B3: 12,352 new ids, new rows beside a base that is only read and the loss over each label's range. Others:
+          full matrices under a gradient mask (mask) and PEFT's TrainableTokens (peft), logits of every position
+drawing   B4: pictures of 576 codes, 16 at a time. Others: generate() of transformers with a mask over the logits
 
-Loss and gradients, or ids, are asserted equal first. The variants take turns in one process, and medians are printed;
-peak memory is that of a fresh process for each, in MB over what the loaded model takes.
+Four layers of Qwen3-0.6B's width under its whole vocabulary, 16,384 rows for chats. Loss and gradients, or ids, are
+asserted equal first. The variants take turns in one process; ratios are medians over the turns, of CPU seconds, or on a
+GPU of seconds between two events. Peak memory is that of a fresh process for each, in MB over what the loaded model
+takes. Products: the share of a step that its matrix products alone would take.
 
-$ python -m tools.bench labels
+$ python -m tools.bench
 $ python -m tools.bench new_rows
-$ python -m tools.bench b2 configs/b2_small.py
 """
 import multiprocessing
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from peft import TrainableTokensConfig, get_peft_model
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from peft import LoraConfig, TrainableTokensConfig, get_peft_model
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import (
+    LogitsProcessor, LogitsProcessorList, Qwen3Config, Qwen3ForCausalLM, SiglipVisionConfig, SiglipVisionModel)
 
-from configure import configure
 from common import in_parts
 from data import collate
-from examples import Example
-from lists import Item, read_llava
-from media import BadSamples, read_audio, read_image
-from decoders import NO_MASK
-from model import VLM, Connector
-from shards import Record, read_manifest, token_example
-from token_model import TokenModel
-from uti import UTI, Grammar, TokenSpace
+from decoders import NO_MASK, hidden_states, layer_matrices, lora, precision_of, text_losses
+from examples import NO_IMAGES, Example
+from lists import Item
+from model import VLM, Connector, Tower
+from shards import Record, token_example
+from token_model import TokenModel, stock_model, write_codes
+from uti import Grammar, TokenSpace
 
 TEXT_ROWS = 151_936                                    # of Qwen3
+CHAT_ROWS = 16_384                                     # of chats: others keep the logits of every position
 WIDTH = 1024
-N_EXAMPLES = 8                                         # of labels: captions
-N_LABELS = 24                                          # of each
 N_IMAGE_TOKENS = 64
-SPACE = TokenSpace(                                    # of new_rows: 4 markers, 8,252 codes of pictures, 4 x 1,024 of
-                                                       # sounds: 12,352
-    {'name': 'bench', 'text_rows': TEXT_ROWS, 'tokenizer_sha256': '', 'end_of_text': 151_645},
-    {'class': '', 'settings': {}, 'sha256': '', 'size': 64, 'grid': (8, 8), 'codes': 8252},
-    {'class': '', 'settings': {}, 'sha256': '', 'sample_rate': 16000, 'samples': 16000, 'frames': 16, 'codebooks': 4,
-     'codes': 1024})
-N_MEDIA = 64                                           # of b2, in each modality
+
+
+def space_of(side, codes):
+    """Four markers, pictures of side x side codes, and sounds of 4 x 1,024."""
+    return TokenSpace(
+        {'name': 'bench', 'text_rows': TEXT_ROWS, 'tokenizer_sha256': '', 'end_of_text': 151_645},
+        {'class': '', 'settings': {}, 'sha256': '', 'size': 8 * side, 'grid': (side, side), 'codes': codes},
+        {'class': '', 'settings': {}, 'sha256': '', 'sample_rate': 16000, 'samples': 16000, 'frames': 16,
+         'codebooks': 4, 'codes': 1024})
+
+
+SPACE = space_of(8, 8252)                              # of new_rows: 12,352 new ids
+DRAWN = space_of(24, 16_384)                           # of drawing
+N_DRAWN = 16                                           # pictures
+DEVICE = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
 
 # -----------------------------------------------------------------------------
 # measuring
@@ -78,7 +89,21 @@ def loss_and_gradients(load, variant):
     trial = load(variant)
     loss = trial.loss()
     loss.backward()
-    return loss.item(), [p.grad.numpy() for p in trial.trained]
+    return loss.item(), [p.grad.float().cpu().numpy() for p in trial.trained]
+
+
+def seconds_of(function):
+    """CPU seconds of a call, which other work on the machine does not lengthen much; of a GPU, those of its queue."""
+    if DEVICE.type == 'cuda':
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        function()
+        end.record()
+        torch.cuda.synchronize()
+        return start.elapsed_time(end) / 1000
+    start = time.process_time()
+    function()
+    return time.process_time() - start
 
 
 def seconds(functions, n):
@@ -86,9 +111,7 @@ def seconds(functions, n):
     times = {name: [] for name in functions}
     for _ in range(n):
         for name, function in functions.items():
-            start = time.perf_counter()
-            function()
-            times[name].append(time.perf_counter() - start)
+            times[name].append(seconds_of(function))
     return {name: np.array(of_one) for name, of_one in times.items()}
 
 
@@ -107,13 +130,45 @@ def resident(field):
 
 
 def peak(load, variant):
-    """MB that two steps add to this process at its peak, the optimizer's state included."""
+    """MB that two steps add at their peak, the optimizer's state included."""
     trial = load(variant)
-    Path('/proc/self/clear_refs').write_text('5')      # the peak starts anew, at what is there now
-    before = resident('VmRSS')
+    if DEVICE.type == 'cuda':
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+    else:
+        Path('/proc/self/clear_refs').write_text('5')  # the peak starts anew, at what is there now
+        before = resident('VmRSS')
     for _ in range(2):
         step(trial)
+    if DEVICE.type == 'cuda':
+        return (torch.cuda.max_memory_allocated() - before) / 2 ** 20
     return resident('VmHWM') - before
+
+
+class Products(TorchDispatchMode):
+    """Counts the matrix products in its block: {(function, shape, strides and dtype of each tensor): how many}."""
+    def __init__(self):
+        super().__init__()
+        self.counts = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default):
+            self.counts[function, tuple((tuple(t.shape), t.stride(), t.dtype) for t in args)] += 1
+        return function(*args, **kwargs or {})
+
+
+def products_share(load, variant, n=5):
+    """The time of a step's matrix products, each alone, as a share of the step's."""
+    trial = load(variant)
+    with Products() as products:
+        step(trial)
+    of_step = np.median([seconds_of(lambda: step(trial)) for _ in range(n)])
+    of_products = 0.0
+    for (function, tensors), count in products.counts.items():
+        args = [torch.empty_strided(*t[:2], dtype=t[2], device=DEVICE).normal_() for t in tensors]
+        function(*args)
+        of_products += count * np.median([seconds_of(partial(function, *args)) for _ in range(3)])
+    return of_products / of_step
 
 
 def alone(function, *args):
@@ -122,74 +177,188 @@ def alone(function, *args):
         return pool.apply(function, args)
 
 
-def compare(load, ours, others, n, same_as_others):
-    """Assert that variants agree, then print what a step of each takes.
+def same(found, wanted, dtype):
+    """Whether (loss, gradients) are those wanted. The others add up in another order, and bf16 has 8 bits."""
+    loose = 1e-5 if dtype == torch.float32 else 1e-2
+    if abs(found[0] - wanted[0]) > loose * abs(wanted[0]):
+        return False
+    for gradient, want in zip(found[1], wanted[1], strict=True):
+        gradient = gradient[-len(want):]               # of a full matrix: its new rows, which come last
+        if np.linalg.norm(gradient - want) > 10 * loose * np.linalg.norm(want):
+            return False
+    return True
 
-    same_as_others: the variant of ours that computes what the others do.
+
+HEADER = """| case | ours | s | MB | products | others | s | MB | ours is faster by |
+|---|---|---|---|---|---|---|---|---|"""
+
+
+def compare(case, load, ours, others, same_as_others=None, n=5):
+    """Assert that variants agree, then print a line of the table for each of ours beside each of the others.
+
+    load(variant, dtype) -> Trial. same_as_others: the variant of ours that computes what the others do.
     """
-    wanted, gradients = alone(loss_and_gradients, load, same_as_others)
-    # the others add up in another order: a gradient may differ by a ten thousandth of the largest one
-    largest = max(np.abs(gradient).max() for gradient in gradients)
-    for variant in others:
-        loss, found = alone(loss_and_gradients, load, variant)
-        assert abs(loss - wanted) < 1e-5 * abs(wanted), (variant, loss, wanted)
-        for gradient, other in zip(gradients, found, strict=True):
-            other = other[-len(gradient):]             # of a full matrix: its new rows, which come last
-            assert np.abs(other - gradient).max() < 1e-4 * largest, variant
-    times = alone(seconds_per_step, load, (ours, *others), n)
-    for variant, spent in times.items():
-        print(f'{variant:<16} {np.median(spent):.2f} s a step, {alone(peak, load, variant):.0f} MB more at the peak')
-    # a ratio for each turn, then their median: a busy machine slows all the variants of a turn down
-    for variant in others:
-        print(f'{variant} / {ours}: {np.median(times[variant] / times[ours]):.2f} x the time, turn by turn')
+    for dtype in torch.float32, torch.bfloat16:
+        of_dtype = partial(load, dtype=dtype)
+        wanted = alone(loss_and_gradients, of_dtype, same_as_others or ours[0])
+        for variant in (*others, *(() if same_as_others else ours[1:])):
+            found = alone(loss_and_gradients, of_dtype, variant)
+            assert same(found, wanted, dtype), (case, dtype, variant, found[0], wanted[0])
+        times = alone(seconds_per_step, of_dtype, (*ours, *others), n)
+        memory = {variant: alone(peak, of_dtype, variant) for variant in (*ours, *others)}
+        name = f'{case}, {"fp32" if dtype == torch.float32 else "bf16"}'
+        for ours_one in ours:
+            share = alone(products_share, of_dtype, ours_one)
+            for other in others:
+                # a ratio for each turn, then their median: a busy machine slows all the variants of a turn down
+                ratio = np.median(times[other] / times[ours_one])
+                print(f'| {name} | {ours_one} | {np.median(times[ours_one]):.2f} | {memory[ours_one]:.0f} | '
+                      f'{share:.0%} | {other} | {np.median(times[other]):.2f} | {memory[other]:.0f} | {ratio:.2f} |', flush=True)
 
 
-def qwen3(tied):
-    """Four layers of Qwen3-0.6B under its whole vocabulary, frozen."""
+def qwen3(dtype, tied=True, text_rows=TEXT_ROWS):
+    """Four layers of Qwen3-0.6B, frozen."""
     torch.manual_seed(0)
     llm = Qwen3ForCausalLM(Qwen3Config(
-        vocab_size=TEXT_ROWS, hidden_size=WIDTH, intermediate_size=3 * WIDTH, num_hidden_layers=4,
+        vocab_size=text_rows, hidden_size=WIDTH, intermediate_size=3 * WIDTH, num_hidden_layers=4,
         num_attention_heads=16, num_key_value_heads=8, head_dim=128, tie_word_embeddings=tied))
     llm.set_attn_implementation('unpadded')
-    return llm.eval().requires_grad_(False)
+    return llm.to(DEVICE, dtype).eval().requires_grad_(False)
 
 
-def everywhere(llm, batch, **inputs):
-    """The loss by every position's logits, all but the labels masked out: what `labels=` does in most code."""
-    logits = llm(position_ids=batch.position_ids[None], attention_mask=NO_MASK, use_cache=False,
-                 layout=batch.layout, **inputs).logits[0]                                       # (T, V)
-    targets = torch.full_like(batch.input_ids, -100).index_copy(0, batch.logit_positions, batch.labels)
-    return F.cross_entropy(logits.float(), targets, reduction='sum')
+class Padded(NamedTuple):
+    """Examples filled up to the longest, (B, L) each."""
+    ids: torch.Tensor
+    mask: torch.Tensor
+    labels: torch.Tensor                               # -100 where there is none
+
+
+def padded(examples):
+    shape = len(examples), max(map(len, examples))
+    ids = torch.zeros(shape, dtype=torch.long)
+    mask = torch.zeros(shape, dtype=torch.long)
+    labels = torch.full(shape, -100)
+    for n, example in enumerate(examples):
+        ids[n, :len(example)] = torch.from_numpy(example.ids)
+        mask[n, :len(example)] = 1
+        labels[n, example.label_positions] = ids[n, example.label_positions]
+    return Padded(ids.to(DEVICE), mask.to(DEVICE), labels.to(DEVICE))
+
+
+def stock_loss(llm, rows, **inputs):
+    """The summed loss as most code has it: a mask, the logits of every position, in float32."""
+    with precision_of(llm):
+        logits = llm(attention_mask=rows.mask, use_cache=False, **inputs).logits                # (B, L, V)
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), rows.labels[:, 1:].flatten(), reduction='sum')
 
 
 # -----------------------------------------------------------------------------
-# labels
+# captions
 
 
-def load_labels(variant):
-    llm = qwen3(tied=True)                             # seeds; the connector is drawn after it
-    vlm = VLM(None, Connector(1152, 27, WIDTH), llm)
+def load_captions(variant, dtype):
+    """Variants: tower, cached; stock."""
+    llm = qwen3(dtype)                                 # seeds; the others are drawn after it
+    tower = SiglipVisionModel(SiglipVisionConfig(
+        hidden_size=768, intermediate_size=3072, num_hidden_layers=6, num_attention_heads=12, image_size=224,
+        patch_size=16)).to(DEVICE, dtype).eval()
+    connector = Connector(768, 14, WIDTH).to(DEVICE)
     rng = np.random.default_rng(0)
     first = N_IMAGE_TOKENS + 3
     examples = []
-    images = []
-    for _ in range(N_EXAMPLES):
-        ids = rng.integers(0, TEXT_ROWS, first + N_LABELS).astype(np.int32)
+    for n_labels in sorted(rng.integers(9, 31, 8).tolist(), reverse=True):
+        ids = rng.integers(0, TEXT_ROWS, first + n_labels).astype(np.int32)
         label_positions = np.arange(first, len(ids), dtype=np.int32)
-        examples.append(Example(Item('x', ('x.png',), ()), ids, label_positions, np.array([1]), truncated=False))
-        images.append([rng.standard_normal((729, 1152)).astype(np.float32)])
-    batch = collate(examples, images, N_IMAGE_TOKENS)
+        examples.append(Example(Item('x', ('x',), ()), ids, label_positions, np.array([1]), truncated=False))
+    images = [[rng.integers(0, 256, (3, 224, 224), np.uint8)] for _ in examples]
+    trained = list(connector.parameters())
+    optimizer = torch.optim.AdamW(trained, lr=1e-3, fused=True)
+    if variant == 'stock':
+        llm.set_attn_implementation('sdpa')
+        return Trial(partial(stock_captions, llm, tower, connector, padded(examples), np.concatenate(images)), trained,
+                     optimizer)
+    tower.set_attn_implementation('whole')
+    vlm = VLM(Tower(tower), connector, llm).to(DEVICE)
+    batch = collate(examples, images, N_IMAGE_TOKENS).to(DEVICE)
+    if variant == 'cached':
+        with vlm.precision():
+            batch.images = vlm.tower(batch.images)     # in use they are rounded to fp16
+    return Trial(lambda: vlm(batch), trained, optimizer)
 
-    def every_position():                              # the same inputs as in vlm.nll, and then the whole head
-        embeds = vlm.embed(batch.input_ids, batch.image_positions, vlm.image_tokens(batch.images))   # (T, D)
-        return everywhere(vlm.llm, batch, inputs_embeds=embeds[None])
 
-    loss = every_position if variant == 'every_position' else lambda: vlm(batch)
-    return Trial(loss, list(vlm.connector.parameters()))
+def stock_captions(llm, tower, connector, rows, images):
+    with precision_of(llm):
+        with torch.no_grad():
+            pixels = torch.from_numpy(images).to(DEVICE).float() / 127.5 - 1
+            patches = tower(pixels.to(tower.dtype)).last_hidden_state                           # (B, P, Dv)
+        tokens = connector(patches.float())                                                     # (B, N, D)
+    embeds = llm.get_input_embeddings()(rows.ids)
+    parts = [embeds[:, :1], tokens.to(embeds.dtype), embeds[:, 1 + N_IMAGE_TOKENS:]]
+    return stock_loss(llm, rows, inputs_embeds=torch.cat(parts, dim=1))
+
+
+# -----------------------------------------------------------------------------
+# chats
+
+
+def load_chats(variant, dtype, n, longest):
+    """Variants: ours; padded, grouped."""
+    llm = qwen3(dtype, text_rows=CHAT_ROWS)
+    settings = {'r': 16, 'lora_alpha': 32, 'target_modules': layer_matrices(llm), 'task_type': 'CAUSAL_LM'}
+    if variant == 'ours':
+        lora(llm, 16, 32, dropout=0.0, targets='')
+    else:
+        llm.set_attn_implementation('sdpa')
+        get_peft_model(llm, LoraConfig(**settings))
+    trained = []
+    torch.manual_seed(1)
+    for p in llm.parameters():
+        if p.requires_grad:
+            torch.nn.init.normal_(p, std=0.02)         # B starts as zeros, and A would have no gradient
+            trained.append(p)
+    optimizer = torch.optim.AdamW(trained, lr=1e-3, fused=True)
+    rng = np.random.default_rng(0)
+    examples = []
+    for length in rng.lognormal(np.log(longest / 4), 0.8, n).clip(20, longest).astype(int).tolist():
+        ids = rng.integers(0, CHAT_ROWS, length).astype(np.int32)
+        label_positions = np.arange(length // 2, length, dtype=np.int32)
+        examples.append(Example(SimpleNamespace(id='x'), ids, label_positions, NO_IMAGES, truncated=False))
+    by_length = sorted(examples, key=len, reverse=True)
+    if variant == 'ours':
+        return Trial(partial(packed_loss, llm, collate(by_length).to(DEVICE)), trained, optimizer)
+    groups = [padded(examples)]
+    if variant == 'grouped':
+        groups = [padded(part) for part in in_parts(by_length, 4)]
+    return Trial(partial(grouped_loss, llm, groups), trained, optimizer)
+
+
+def packed_loss(llm, batch):
+    with precision_of(llm):
+        hidden = hidden_states(llm, llm.get_input_embeddings()(batch.input_ids), batch)
+        return text_losses(llm, hidden.index_select(0, batch.logit_positions), batch.labels).sum()
+
+
+def grouped_loss(llm, groups):
+    """A backward pass for each group but the last, whose loss is returned with what the others came to."""
+    total = 0.0
+    for rows in groups[:-1]:
+        loss = stock_loss(llm, rows, input_ids=rows.ids)
+        loss.backward()
+        total += loss.item()
+    return stock_loss(llm, groups[-1], input_ids=groups[-1].ids) + total
 
 
 # -----------------------------------------------------------------------------
 # new_rows
+
+
+def everywhere(llm, batch, **inputs):
+    """The loss by every position's logits, all but the labels masked out: what `labels=` does in most code."""
+    with precision_of(llm):
+        logits = llm(position_ids=batch.position_ids[None], attention_mask=NO_MASK, use_cache=False,
+                     layout=batch.layout, **inputs).logits[0]                                       # (T, V)
+    targets = torch.full_like(batch.input_ids, -100).index_copy(0, batch.logit_positions, batch.labels)
+    return F.cross_entropy(logits.float(), targets, reduction='sum')
 
 
 def token_batch():
@@ -204,12 +373,12 @@ def token_batch():
     return collate(examples)
 
 
-def load_new_rows(variant):
+def load_new_rows(variant, dtype):
     """Variants: ours; ours with the softmax over everything, as the others have it; mask; peft. The same weights."""
-    llm = qwen3(tied=False)
+    llm = qwen3(dtype, tied=False)
     torch.manual_seed(1)
-    model = TokenModel(llm, SPACE, typed_head=variant == 'ours')
-    batch = token_batch()
+    model = TokenModel(llm, SPACE, typed_head=variant == 'ours').to(DEVICE)
+    batch = token_batch().to(DEVICE)
     # a loss is summed over all labels in every variant; what differs is where logits exist, and what gets a gradient
     if variant in ('ours', 'ours_all_logits'):
         trained = [model.new_in, model.new_out]
@@ -219,11 +388,12 @@ def load_new_rows(variant):
         widen(llm.lm_head, model.new_out)
         trained = under_mask(llm) if variant == 'mask' else under_peft(llm)
         loss = lambda: everywhere(llm, batch, input_ids=batch.input_ids[None])
-    return Trial(loss, trained, torch.optim.AdamW(trained, lr=1e-3, weight_decay=0.0))
+    return Trial(loss, trained, torch.optim.AdamW(trained, lr=1e-3, weight_decay=0.0, fused=True))
 
 
 def widen(module, new):
-    module.weight = torch.nn.Parameter(torch.cat([module.weight, new.detach()]), requires_grad=False)   # (V + new, D)
+    weight = torch.cat([module.weight, new.detach().to(module.weight.dtype)])                   # (V + new, D)
+    module.weight = torch.nn.Parameter(weight, requires_grad=False)
 
 
 def under_mask(llm):
@@ -243,78 +413,72 @@ def under_peft(llm):
 
 
 # -----------------------------------------------------------------------------
-# b2
+# drawing
 
 
-def settings_of(script, arguments):
-    """A script's settings after config files and --key=value: its lines above configure(), and then configure()."""
-    # nothing but imports and literals stands there, so running it does no work
-    source = Path(script).read_text()
-    namespace = {'__file__': script}
-    exec(source[:source.index('config = configure(')], namespace)
-    return configure(namespace, arguments)
+class OneRange(LogitsProcessor):
+    """Hides all ids but those of the range of the next position."""
+    def __init__(self, grammar, n_prompt):
+        self.first, self.end = grammar.bounds(grammar.payload_ranges['image'])                  # (N,) each
+        self.n_prompt = n_prompt
+
+    def __call__(self, input_ids, scores):
+        n = input_ids.shape[1] - self.n_prompt
+        allowed = torch.full_like(scores, -torch.inf)
+        allowed[:, self.first[n]:self.end[n]] = 0
+        return scores + allowed
 
 
-@torch.no_grad()
-def bare_images(uti, images):
-    """ids (N, codes), one at a time, nothing filled up and nothing checked."""
-    codes = [uti.image_codec.to_codes(torch.from_numpy(image)[None] / 127.5 - 1) for image in images]
-    return torch.cat(codes).numpy() + uti.space['image'].first
+def load_drawing(dtype, n_codes):
+    """{variant: () -> greedy ids (B, n_codes)}."""
+    llm = qwen3(dtype, tied=False)
+    model = TokenModel(llm, DRAWN).to(DEVICE).eval()
+    grammar = Grammar(DRAWN)
+    grammar.payload_ranges = {'image': grammar.payload_ranges['image'][:n_codes]}
+    prompts = np.random.default_rng(0).integers(0, TEXT_ROWS, (N_DRAWN, 20)).tolist()
+    stock = stock_model(model).to(DEVICE).eval()
+    starts = torch.tensor(np.stack([grammar.prompt('t2i', text=text) for text in prompts])).long().to(DEVICE)
+
+    def generate():
+        rule = LogitsProcessorList([OneRange(grammar, starts.shape[1])])
+        out = stock.generate(starts, attention_mask=torch.ones_like(starts), max_new_tokens=n_codes, do_sample=False,
+                             logits_processor=rule)
+        return out[:, starts.shape[1]:].cpu().numpy()
+    return {'ours': lambda: write_codes(model, grammar, 't2i', prompts, temperature=0.0), 'generate': generate}
 
 
-@torch.no_grad()
-def bare_sounds(uti, waves):
-    codes = []
-    for wave in waves:
-        clip = np.pad(wave, (0, uti.space.audio['samples'] - len(wave)))
-        codes.append(uti.audio_codec.to_codes(torch.from_numpy(clip)[None]))                    # (1, K, F)
-    return (torch.cat(codes).transpose(1, 2).numpy() + uti.book_starts).reshape(len(waves), -1)   # (N, F K)
+def compare_drawing(n_codes=576):
+    for dtype in torch.float32, torch.bfloat16:
+        ids = {name: draw() for name, draw in load_drawing(dtype, 24).items()}
+        if dtype == torch.float32:                     # in bf16 two codes may be equally likely
+            assert np.array_equal(ids['ours'], ids['generate'])
+        times = alone(seconds_of_drawing, dtype, n_codes)
+        ours, others = (np.median(times[name]) for name in ('ours', 'generate'))
+        name = f'drawing {N_DRAWN} x {n_codes} codes, {"fp32" if dtype == torch.float32 else "bf16"}'
+        print(f'| {name} | ours | {ours:.1f} | | | generate | {others:.1f} | | {others / ours:.2f} |', flush=True)
 
 
-def through_uti(encode, media, batch_size):
-    return np.concatenate([encode(part)[0] for part in in_parts(media, batch_size)])            # (N, codes)
+def seconds_of_drawing(dtype, n_codes):
+    return seconds(load_drawing(dtype, n_codes), 1)
 
 
-def compare_encoders(modality, bare, encode, media, batch_size, n):
-    """Assert that the ids are the same, then print what each way to them takes."""
-    variants = {
-        'bare codec, one at a time': lambda: bare(media),
-        'UTI, one at a time': lambda: through_uti(encode, media, 1),
-        f'UTI, {batch_size} at a time': lambda: through_uti(encode, media, batch_size)}
-    wanted, *others = [ids_of() for ids_of in variants.values()]
-    assert all(np.array_equal(wanted, other) for other in others), modality
-    times = seconds(variants, n)
-    for name, spent in times.items():
-        ratio = np.median(times['bare codec, one at a time'] / spent)
-        print(f'{modality}: {name:<26} {len(media) / np.median(spent):8.1f} a second, {ratio:.2f}x')
-
-
-def bench_b2(arguments, n=7):
-    settings = settings_of('build_b2.py', arguments)
-    audit_dir = settings['audit_dir']
-    space = TokenSpace.load(Path(audit_dir) / 'token_space.json')
-    uti = UTI.of_space(space, audit_dir, settings['llm'], settings['image_codec'], settings['audio_codec'],
-                       image_prefix=settings['image_prefix'], audio_prefix=settings['audio_prefix'])
-    bad_samples = BadSamples('bad.jsonl', 0, active=False)   # not active: writes no file
-    items = read_llava(settings['data_json'], settings['image_root'], bad_samples, captions=True)
-    images = [read_image(item.images[0], space.image['size']) for item in items[:N_MEDIA]]
-    sounds = {media.path: None for media in read_manifest(settings['manifests'][0], bad_samples)}   # each file once
-    waves = []
-    for path in list(sounds)[:N_MEDIA]:
-        waves.append(read_audio(path, space.audio['sample_rate'], space.audio['samples']))
-    print(f'{N_MEDIA} media, {n} rounds, {torch.get_num_threads()} thread(s)')
-    batch_size = settings['batch_size']
-    compare_encoders('image', partial(bare_images, uti), uti.encode_image, images, batch_size, n)
-    compare_encoders('audio', partial(bare_sounds, uti), uti.encode_audio, waves, batch_size, n)
+CASES = {
+    'captions': partial(compare, 'captions', load_captions, ['tower', 'cached'], ['stock']),
+    'chats 512': partial(compare, '16 chats up to 512', partial(load_chats, n=16, longest=512), ['ours'],
+                         ['padded', 'grouped'], n=3),
+    'chats 2048': partial(compare, '8 chats up to 2,048', partial(load_chats, n=8, longest=2048), ['ours'],
+                          ['padded', 'grouped'], n=3),
+    'new_rows': partial(compare, 'new rows', load_new_rows, ['ours'], ['mask', 'peft'], 'ours_all_logits', n=3),
+    'drawing': compare_drawing,
+}
 
 
 if __name__ == '__main__':
     which = sys.argv[1] if len(sys.argv) > 1 else ''
-    if which == 'labels':
-        compare(load_labels, 'label_positions', ['every_position'], n=5, same_as_others='label_positions')
-    elif which == 'new_rows':
-        compare(load_new_rows, 'ours', ['mask', 'peft'], n=3, same_as_others='ours_all_logits')
-    elif which == 'b2':
-        bench_b2(sys.argv[2:])
-    else:
+    if not any(case.startswith(which) for case in CASES):
         raise SystemExit(__doc__.strip())
+    else:
+        print(HEADER)
+        for case, compare_it in CASES.items():
+            if case.startswith(which):
+                compare_it()
