@@ -212,8 +212,9 @@ def compare(case, load, ours, others, same_as_others=None, n=5):
             for other in others:
                 # a ratio for each turn, then their median: a busy machine slows all the variants of a turn down
                 ratio = np.median(times[other] / times[ours_one])
-                print(f'| {name} | {ours_one} | {np.median(times[ours_one]):.2f} | {memory[ours_one]:.0f} | '
-                      f'{share:.0%} | {other} | {np.median(times[other]):.2f} | {memory[other]:.0f} | {ratio:.2f} |', flush=True)
+                print(f'| {name} | {ours_one} | {np.median(times[ours_one]):.2f} | {memory[ours_one]:.0f} '
+                      f'| {share:.0%} | {other} | {np.median(times[other]):.2f} | {memory[other]:.0f} '
+                      f'| {ratio:.2f} |', flush=True)
 
 
 def qwen3(dtype, tied=True, text_rows=TEXT_ROWS):
@@ -436,7 +437,10 @@ def load_drawing(dtype, n_codes):
     grammar = Grammar(DRAWN)
     grammar.payload_ranges = {'image': grammar.payload_ranges['image'][:n_codes]}
     prompts = np.random.default_rng(0).integers(0, TEXT_ROWS, (N_DRAWN, 20)).tolist()
-    stock = stock_model(model).to(DEVICE).eval()
+    exported = stock_model(model)                      # a part of it, which no file has, is on no device
+    stock = Qwen3ForCausalLM(exported.config)
+    stock.load_state_dict(exported.state_dict(), assign=True)
+    stock.to(DEVICE, dtype).eval()
     starts = torch.tensor(np.stack([grammar.prompt('t2i', text=text) for text in prompts])).long().to(DEVICE)
 
     def generate():
