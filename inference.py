@@ -181,8 +181,7 @@ def complete_examples(vlm, loader, prompts, batch_size, max_new_tokens, stop_ids
         tokens_of = {}                                 # {paths: (images, N, D)}
         if pictured:
             tokens = vlm.image_tokens(loader.images(pictured.values()).to(vlm.llm.device))
-            counts = [len(example.image_starts) for example in pictured.values()]
-            tokens_of = dict(zip(pictured, tokens.split(counts)))
+            tokens_of = dict(zip(pictured, tokens.split([len(paths) for paths in pictured])))
         embeds = []
         for example, length in part:
             starts = example.image_starts[example.image_starts < length]

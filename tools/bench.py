@@ -17,12 +17,13 @@ takes. Products: the share of a step that its matrix products alone would take.
 $ python -m tools.bench
 $ python -m tools.bench new_rows
 """
-import multiprocessing
 import sys
 import time
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -173,8 +174,8 @@ def products_share(load, variant, n=5):
 
 def alone(function, *args):
     """In a process of its own, so that nothing stays behind."""
-    with multiprocessing.get_context('spawn').Pool(1) as pool:
-        return pool.apply(function, args)
+    with ProcessPoolExecutor(1, mp_context=get_context('spawn')) as pool:      # one that is killed is an error
+        return pool.submit(function, *args).result()
 
 
 def same(found, wanted, dtype):
