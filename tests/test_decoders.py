@@ -12,7 +12,7 @@ from tiny_worlds import tiny_space
 
 import decoders
 from data import collate, padded_layout
-from decoders import embedding_rms, hidden_states, label_losses, load_llm, load_tokenizer, lora, parity, text_logits
+from decoders import embedding_rms, hidden_states, load_llm, load_tokenizer, lora, parity, text_losses
 from examples import NO_IMAGES, Example
 from token_model import TokenModel, export_difference, export_stock
 
@@ -59,7 +59,7 @@ def batch_of_two():
 def mean_loss(llm, batch):
     hidden = hidden_states(llm, llm.get_input_embeddings()(batch.input_ids), batch)
     hidden = hidden.index_select(0, batch.logit_positions)
-    return label_losses(hidden, lambda states: text_logits(llm, states), batch.labels).mean()
+    return text_losses(llm, hidden, batch.labels).mean()
 
 
 def lora_learns(llm):
