@@ -117,13 +117,13 @@ def embedding_rms(llm):
 
 
 def unpadded_attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, layout=None,
-                       sliding_window=None, softcap=None, seen=None, **kwargs):
+                       sliding_window=None, softcap=None, windows=None, **kwargs):
     """Causal attention inside each example of an unpadded batch; with layout = None ordinary SDPA (generation).
 
     query, key, value: (1, heads, T, head width); key and value may have fewer heads. layout: see data.padded_layout.
     A pad stands after its example's end, so the causal mask alone hides it from every real token. A GPU needs no pads.
-    sliding_window: how many tokens a token sees, itself the last. softcap: of Gemma2. seen: a list that notes each
-    layer's window, for require_parity.
+    sliding_window: how many tokens a token sees, itself the last. softcap: of Gemma2. windows: a list that notes
+    each layer's, for require_parity.
     """
     if layout is None and softcap is not None:
         attended = short_attention(query, key, value, scaling=scaling, dropout=dropout, softcap=softcap,
@@ -135,8 +135,8 @@ def unpadded_attention(module, query, key, value, attention_mask, scaling=None, 
     for name in 's_aux', 'position_bias':
         if kwargs.get(name) is not None:
             raise ValueError(f'its attention has {name}, which this one does not know')
-    if seen is not None:
-        seen.append(sliding_window)
+    if windows is not None:
+        windows.append(sliding_window)
 
     if has_varlen(value) and not dropout and softcap is None:
         q, k, v = (heads[0].transpose(0, 1).to(value.dtype) for heads in (query, key, value))   # (T, heads, .)
@@ -183,8 +183,8 @@ def has_varlen(value):
 
 def window_mask(value, window):
     """(L, L), who sees whom: each token the `window` tokens up to itself. value: (B, heads, L, head width)."""
-    seen = torch.ones(value.shape[2], value.shape[2], dtype=torch.bool, device=value.device).tril()
-    return seen.triu(1 - window)
+    causal = torch.ones(value.shape[2], value.shape[2], dtype=torch.bool, device=value.device).tril()
+    return causal.triu(1 - window)
 
 
 SHORT = 256                    # tokens up to which short_attention is the faster
@@ -472,59 +472,60 @@ def generate(llm, prompts, max_new_tokens, stop_ids, temperature=0.0, top_p=1.0,
 # -----------------------------------------------------------------------------
 # the check: what is done here is what the stock model does
 
-LENGTHS = 5, 9                                         # tokens of two rows
+LENGTHS = 5, 9                                         # tokens of two examples
 N_NEW = 4                                              # tokens that each goes on with
 
 
 @torch.no_grad()
 def parity(llm):
-    """How far this is from the stock model: {'logits': the largest difference, 'loss': that of a row's mean in nats per
-    label, 'greedy': how far a greedy id of ours lies below the likeliest one of the stock model, in logits}.
+    """How far this is from the stock model: {'logits': the largest difference, 'loss': that of an example's mean in
+    nats per label, 'greedy': how far a greedy id of ours lies below the stock model's likeliest one, in logits}.
 
-    Ours: two rows in one unpadded batch, and their greedy continuation in one padded one, from embeddings. Stock: its
-    own forward of each row alone, from ids, with the attention that its authors wrote down.
+    Ours: two examples in one unpadded batch, and their greedy continuation in one padded one, from embeddings. Stock:
+    its own forward of each alone, from ids, with the attention that its authors wrote down.
     """
     generator = torch.Generator().manual_seed(0)       # its own: what is drawn after loading stays the same
     embed = llm.get_input_embeddings()
-    rows = [torch.randint(embed.weight.shape[0], (n,), generator=generator).to(llm.device) for n in LENGTHS]
+    examples = [torch.randint(embed.weight.shape[0], (n,), generator=generator).to(llm.device) for n in LENGTHS]
     with precision_of(llm):
-        new = torch.tensor(generate(llm, [embed(row) for row in rows], N_NEW, stop_ids=[])).to(llm.device)
-        rows = [torch.cat([row, ids]) for row, ids in zip(rows, new)]
-        lengths = [len(row) for row in rows]
+        new = torch.tensor(generate(llm, [embed(example) for example in examples], N_NEW, stop_ids=[])).to(llm.device)
+        examples = [torch.cat([example, ids]) for example, ids in zip(examples, new)]
+        lengths = [len(example) for example in examples]
         positions = torch.cat([torch.arange(n, device=llm.device) for n in lengths])
         batch = SimpleNamespace(position_ids=positions, layout=padded_layout(lengths).to(llm.device))
-        seen = []
-        hidden = hidden_states(llm, embed(torch.cat(rows)), batch, seen=seen)                   # (T, D)
+        windows = []
+        hidden = hidden_states(llm, embed(torch.cat(examples)), batch, windows=windows)         # (T, D)
         ours = text_logits(llm, hidden).float().split(lengths)                                  # (tokens, V) each
-    require_all_layers(llm, seen)
+    require_all_layers(llm, windows)
     llm.set_attn_implementation('eager')
     try:
-        stock = [llm(input_ids=row[None], use_cache=False).logits[0].float() for row in rows]
+        stock = [llm(input_ids=example[None], use_cache=False).logits[0].float() for example in examples]
     finally:
         llm.set_attn_implementation('unpadded')
     found = {'logits': [], 'loss': [], 'greedy': []}
-    for row, our, true, ids in zip(rows, ours, stock, new):
+    for example, our, true, ids in zip(examples, ours, stock, new):
         found['logits'].append((our - true).abs().max().item())
-        found['loss'].append(abs(F.cross_entropy(our[:-1], row[1:]) - F.cross_entropy(true[:-1], row[1:])).item())
+        labels = example[1:]
+        found['loss'].append(abs(F.cross_entropy(our[:-1], labels) - F.cross_entropy(true[:-1], labels)).item())
         before = true[-N_NEW - 1:-1]                   # what the new ids were predicted by
         found['greedy'].append((before.max(-1).values - before.gather(1, ids[:, None])[:, 0]).max().item())
     return {name: max(values) for name, values in found.items()}
 
 
-def require_all_layers(llm, seen):
-    """Exit unless every layer attends through unpadded_attention and says its window. seen: what the layers noted."""
+def require_all_layers(llm, windows):
+    """ValueError unless every layer attends through unpadded_attention and gives its window. windows: those noted."""
     config = llm.config
     kinds = getattr(config, 'layer_types', None) or []
     unknown = sorted(set(kinds) - {'full_attention', 'sliding_attention'})
     if unknown:
         raise ValueError(f'it has layers of {", ".join(unknown)}')
-    if len(seen) != config.num_hidden_layers:
-        raise ValueError(f'{len(seen)} of its {config.num_hidden_layers} layers attend by a layout: in the others the '
-                         'examples of a batch would see each other')
+    if len(windows) != config.num_hidden_layers:
+        raise ValueError(f'{len(windows)} of its {config.num_hidden_layers} layers attend by a layout: in the others '
+                         'the examples of a batch would see each other')
     n_sliding = kinds.count('sliding_attention')
-    n_told = len(seen) - seen.count(None)
-    if n_told < n_sliding:
-        raise ValueError(f'{n_sliding} of its layers have a sliding window, {n_told} of them say so')
+    n_noted = len(windows) - windows.count(None)
+    if n_noted < n_sliding:
+        raise ValueError(f'{n_sliding} of its layers have a sliding window, {n_noted} of them give it')
 
 
 def require_parity(llm, where):
@@ -539,6 +540,6 @@ def require_parity(llm, where):
         raise SystemExit(f'{where}: a {kind} cannot be trained here: {first_line(e)}; take another language model')
     bar = 1e-3 if llm.dtype == torch.float32 else 0.2  # bf16 has 8 bits; what is wrong is wrong by whole nats
     if not max(found['loss'], found['greedy']) <= bar:   # NaN too
-        raise SystemExit(f'{where}: a {kind} comes out otherwise here than in transformers: the loss of a row by '
+        raise SystemExit(f'{where}: a {kind} comes out otherwise here than in transformers: the loss of an example by '
                          f'{found["loss"]:.2g} nats per label, a greedy id by {found["greedy"]:.2g} in its logit, '
                          f'allowed {bar:g}; take another language model')

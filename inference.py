@@ -78,9 +78,9 @@ def image_ablation(vlm, loader, examples, batch_size, seed, rank=0, world_size=1
     places = blocks[rank].tolist()
     others = {place: images_before(counts, place) for place in places}
     first = min((place for found in others.values() for place, _ in found), default=0)
-    mine = range(first, places[-1] + 1) if places else []   # places, counted from the end below 0
+    needed = range(first, places[-1] + 1) if places else []   # places, counted from the end below 0
     tokens = {}                                        # {place: (images, N, D)}: each goes through the tower once
-    for part in stoppable_parts(mine, batch_size, most=len(blocks[0]) + max(counts)):
+    for part in stoppable_parts(needed, batch_size, most=len(blocks[0]) + max(counts)):
         found = vlm.image_tokens(loader.images([examples[order[place]] for place in part]).to(device))
         tokens.update(zip(part, found.split([counts[place] for place in part])))
     # noise needs the moments of all real tokens, over every rank

@@ -70,8 +70,9 @@ epoch_samples = 0              # ... or exactly this many, when not 0
 n_steps = 0                    # when not 0, a run is exactly this many steps, whatever epochs say
 seed = 1
 # evaluation
-eval_every = 0                 # steps; every evaluation saves a checkpoint; 0 for as often as eval_share allows,
-eval_share = 0.05              # ... of the time, measured at the first start
+eval_every = 0                 # steps; every evaluation saves a checkpoint; 0 for as often as eval_time_share allows,
+eval_time_share = 0.05         # ... of the time, measured at the first start
+save_minutes = 20.0            # a checkpoint comes after so long where no evaluation has saved one
 eval_first = True              # False: none before the first step, where nothing has been learned
 n_eval = 512                   # held-out items of each task
 n_golden = 64                  # more of them, described, drawn and generated as audio at every checkpoint
@@ -107,17 +108,17 @@ config = configure(globals(), required=('shards_dir', 'llm', 'text_jsonl'))
 # -----------------------------------------------------------------------------
 
 # settings that cannot be meant end the run before anything is built
-require_positive(config, 'max_seq_len', 'micro_batch_size', 'global_batch_size', 'learning_rate', 'grad_clip', 'epochs',
-                 'epoch_minutes', 'eval_share', 'n_eval', 'n_golden', 'n_golden_between', 'max_new_tokens', 'log_every',
-                 'n_text', 'n_retrieval', 'timeout')
+require_positive(config, 'max_seq_len', 'micro_batch_size', 'global_batch_size', 'learning_rate', 'grad_clip',
+                 'epochs', 'epoch_minutes', 'eval_time_share', 'save_minutes', 'n_eval', 'n_golden', 'n_golden_between',
+                 'max_new_tokens', 'log_every', 'n_text', 'n_retrieval', 'timeout')
 require_not_negative(config, 'epoch_samples', 'n_steps', 'eval_every')
-require_share(config, 'warmup_frac', 'min_lr_frac', 'eval_share', 'gate_truncated')
+require_share(config, 'warmup_frac', 'min_lr_frac', 'eval_time_share', 'gate_truncated')
 
 # ranks and the run's folder
 rank, world_size, device = init_ranks(device, deterministic)
 dtype = frozen_dtype(dtype, device)
 out, resume = open_run(out_dir, resume, rank)
-stop = StopSignal()
+stop = StopSignal(save_minutes)
 board = tensorboard_writer(tensorboard)
 
 # data: the items of the shards become examples of each task
@@ -297,6 +298,7 @@ def save(state):
             'evaluated': evaluated, 'data': data_seen, 'token_space': space.fields()})
     if rank == 0:
         write_status(out, state, step, n_steps)
+    stop.saved()
 
 
 def leave_evaluation():
@@ -311,7 +313,8 @@ if n_steps:
 if not epoch_samples or not eval_every:
     first_steps = loader.steps(mixture(7), 0, 7, micro_batch_size, rank, world_size)
     n_samples, eval_every = measure_epoch(first_steps, forward_backward, optimizer, epoch_minutes, global_batch_size,
-                                          evaluate=first_evaluation, eval_every=eval_every, eval_share=eval_share)
+                                          evaluate=first_evaluation, eval_every=eval_every,
+                                          eval_time_share=eval_time_share)
     epoch_samples = epoch_samples or n_samples
 n_steps = n_steps or max(1, round(epochs * epoch_samples / global_batch_size))
 sampler = mixture(n_steps)
@@ -347,6 +350,10 @@ while True:
             parts = [f'{name.removesuffix("_correct")} {mean:.4f}' for name, mean in means.items()]
             progress.write(f'step {step}: held-out loss {", ".join(parts)}')
         save('stopped' if stopped else 'running')
+        meter.go_on()
+    elif stop.save_is_due:
+        meter.pause()
+        save('running')
         meter.go_on()
     if stopped:
         stop.leave(step, saved=step > first_step or resume)

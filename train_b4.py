@@ -84,9 +84,9 @@ epoch_samples = 0              # ... or exactly this many, when not 0
 n_steps = 0                    # when not 0, a run is exactly this many steps, whatever epochs say
 seed = 1
 # evaluation
-eval_every = 0                 # steps; every evaluation saves a checkpoint; 0 for as often as eval_share allows,
-eval_share = 0.05              # ... of the time, measured at the first start
-eval_first = True              # False: none before the first step, where nothing has been learned
+eval_every = 0                 # steps; every evaluation saves a checkpoint; 0 for as often as eval_time_share allows,
+eval_time_share = 0.05         # ... of the time, measured at the first start
+save_minutes = 20.0            # a checkpoint comes after so long where no evaluation has saved one
 n_eval = 512                   # held-out items of each task
 n_golden = 64                  # more of them, described, drawn and generated as audio at every checkpoint
 n_golden_between = 16          # of these, at all checkpoints but the last: generation is most of an evaluation
@@ -132,11 +132,12 @@ config = configure(globals(), required=('shards_dir', 'new_rows_dir', 'text_json
 # -----------------------------------------------------------------------------
 
 # settings that cannot be meant end the run before anything is built
-require_positive(config, 'max_seq_len', 'micro_batch_size', 'global_batch_size', 'learning_rate', 'grad_clip', 'epochs',
-                 'epoch_minutes', 'eval_share', 'n_eval', 'n_golden', 'n_golden_between', 'max_new_tokens', 'log_every',
-                 'n_text', 'n_retrieval', 'n_predictions', 'lora_r', 'lora_alpha', 'lora_learning_rate', 'timeout')
+require_positive(config, 'max_seq_len', 'micro_batch_size', 'global_batch_size', 'learning_rate', 'grad_clip',
+                 'epochs', 'epoch_minutes', 'eval_time_share', 'save_minutes', 'n_eval', 'n_golden', 'n_golden_between',
+                 'max_new_tokens', 'log_every', 'n_text', 'n_retrieval', 'n_predictions', 'lora_r', 'lora_alpha',
+                 'lora_learning_rate', 'timeout')
 require_not_negative(config, 'epoch_samples', 'n_steps', 'eval_every')
-require_share(config, 'warmup_frac', 'min_lr_frac', 'eval_share', 'gate_truncated', 'lora_dropout', 'replay_share',
+require_share(config, 'warmup_frac', 'min_lr_frac', 'eval_time_share', 'gate_truncated', 'lora_dropout', 'replay_share',
               'prompt_dropout', 'ramp_frac')
 if not 0 <= prompt_dropout < 1 or not 0 <= replay_share < 1 or not guidance:
     raise SystemExit(f'prompt_dropout = {prompt_dropout}, replay_share = {replay_share}, guidance = {guidance}: '
@@ -146,7 +147,7 @@ if not 0 <= prompt_dropout < 1 or not 0 <= replay_share < 1 or not guidance:
 rank, world_size, device = init_ranks(device, deterministic)
 dtype = frozen_dtype(dtype, device)
 out, resume = open_run(out_dir, resume, rank)
-stop = StopSignal()
+stop = StopSignal(save_minutes)
 board = tensorboard_writer(tensorboard)
 
 # the B3 run, then the data: the items of the shards become examples of each task
@@ -200,7 +201,7 @@ if load_new_rows(model, new_rows_dir)['base_sha256'] != base_sha256:
     raise SystemExit(f'{new_rows_dir} was made on other weights than those of {llm} today, or in another dtype: '
                      'restore them, or run B3 again')
 if full_tune:
-    for part in model.llm.model.layers, model.llm.model.norm:
+    for part in model.llm.base_model.layers, model.llm.base_model.norm:
         part.float().requires_grad_(True)              # in float32: these weights are their own masters
 else:
     adapter = lora(model.llm, lora_r, lora_alpha, dropout=lora_dropout, targets=lora_targets)
@@ -375,6 +376,7 @@ def save(state):
             'evaluated': evaluated, 'data': data_seen, 'token_space': space.fields(), 'start': at_start})
     if rank == 0:
         write_status(out, state, step, n_steps)
+    stop.saved()
 
 
 def leave_evaluation():
@@ -389,7 +391,8 @@ if n_steps:
 if not epoch_samples or not eval_every:
     first_steps = loader.steps(mixture(7), 0, 7, micro_batch_size, rank, world_size)
     n_samples, eval_every = measure_epoch(first_steps, forward_backward, optimizer, epoch_minutes, global_batch_size,
-                                          evaluate=first_evaluation, eval_every=eval_every, eval_share=eval_share)
+                                          evaluate=first_evaluation, eval_every=eval_every,
+                                          eval_time_share=eval_time_share)
     epoch_samples = epoch_samples or n_samples
 n_steps = n_steps or max(1, round(epochs * epoch_samples / global_batch_size))
 sampler = mixture(n_steps)
@@ -399,6 +402,7 @@ if rank == 0:
           f'--eval_every={eval_every}')
 
 # the loop
+eval_first = True              # no setting here: two gates compare with it
 log = Log(out / 'log.jsonl', step if resume else None, active=rank == 0, writer=board)
 if not resume:
     log.write('run', stage='b4', settings=config, n_steps=n_steps, epoch_samples=epoch_samples, world_size=world_size,
@@ -426,6 +430,10 @@ while True:
             parts = [f'{name.removesuffix("_correct")} {mean:.4f}' for name, mean in means.items()]
             progress.write(f'step {step}: held-out loss {", ".join(parts)}')
         save('stopped' if stopped else 'running')
+        meter.go_on()
+    elif stop.save_is_due:
+        meter.pause()
+        save('running')
         meter.go_on()
     if stopped:
         stop.leave(step, saved=step > first_step or resume)

@@ -51,12 +51,16 @@ class StopSignal:
 
     Before it is first asked there is nothing to save: a signal ends the run at once. Between two batches of an
     evaluation it is asked too, and calls `leave_evaluation`, which saves and leaves.
+
+    It also tells, since the ranks hear of each other here, when the last checkpoint is save_minutes old: save_is_due.
     """
     LOOK_SECONDS = 2.0                                 # between two looks at the other ranks: a stop takes ten at most
 
-    def __init__(self, clock=time.monotonic):
+    def __init__(self, save_minutes=math.inf, clock=time.monotonic):
+        self.save_seconds = 60 * save_minutes
+        self.save_is_due = False                       # of the step that before_step was asked about
         self.clock = clock
-        self.looked_at = clock()
+        self.looked_at = self.saved_at = clock()
         self.n_between = self.steps_to_go = 1          # steps between two looks, and until the next one
         self.name = ''
         self.asked = False
@@ -80,18 +84,24 @@ class StopSignal:
         """The same, asked before every step: the ranks hear of each other every two seconds or so, since each time is a
         wait for all. Steps that become slower are noticed: what is measured halves or doubles the number at most."""
         self.asked = True
+        now = self.clock()
+        self.save_is_due = now - self.saved_at >= self.save_seconds
         if rank_of()[1] == 1:
             return bool(self.name)
         self.steps_to_go -= 1
         if self.steps_to_go > 0:
+            self.save_is_due = False
             return False
-        now = self.clock()
-        looks = all_gather((bool(self.name), (now - self.looked_at) / self.n_between))
-        slowest = max(1e-3, *(seconds for _, seconds in looks))        # the same number on every rank
+        looks = all_gather((bool(self.name), (now - self.looked_at) / self.n_between, self.save_is_due))
+        self.save_is_due = looks[0][2]                 # clocks differ: rank 0's holds, it writes
+        slowest = max(1e-3, *(seconds for _, seconds, _ in looks))     # the same number on every rank
         self.n_between = int(min(max(self.LOOK_SECONDS / slowest, 1), 2 * self.n_between))
         self.looked_at = now
         self.steps_to_go = self.n_between
-        return any(signalled for signalled, _ in looks)
+        return any(signalled for signalled, _, _ in looks)
+
+    def saved(self):
+        self.saved_at = self.clock()
 
     def between_batches(self):
         if self.leave_evaluation is not None and self:
@@ -109,7 +119,7 @@ class StopSignal:
 FREE_ON_RESUME = {'resume', 'micro_batch_size', 'out_dir', 'device', 'feature_cache', 'workers', 'log_every',
                   'max_bad_samples', 'allow_failed_gates', 'epoch_samples', 'epoch_minutes', 'image_codec',
                   'audio_codec', 'tensorboard', 'timeout', 'feature_cache_gb', 'eval_first', 'init_from',
-                  'gradient_checkpointing', 'eval_share', 'n_golden_between', 'shard'}
+                  'gradient_checkpointing', 'eval_time_share', 'n_golden_between', 'shard', 'save_minutes'}
 
 
 def check_resumable(meta, settings, frozen_sha256, folder):
@@ -320,13 +330,13 @@ def frozen_sha256(model, trainable):
 
 
 def measure_epoch(steps, forward_backward, optimizer, epoch_minutes, global_batch_size, evaluate, eval_every,
-                  eval_share):
+                  eval_time_share):
     """(how many samples an epoch of epoch_minutes holds, in whole steps; after how many steps an evaluation comes), by
     the time of real steps, their data waited for, and of an evaluation, one of which stands at the start; the slowest
     rank's.
 
     steps: an iterator over the batches of seven steps, of which the first two warm up. eval_every: 0 for as often as
-    evaluations take eval_share of the time.
+    evaluations take eval_time_share of the time.
     """
     seconds = []
     start = time.perf_counter()
@@ -340,7 +350,7 @@ def measure_epoch(steps, forward_backward, optimizer, epoch_minutes, global_batc
     evaluate()
     evaluation = max(all_gather(time.perf_counter() - start))
     step = max(all_gather(float(np.median(seconds[2:]))))      # every rank must come to the same number
-    eval_every = eval_every or max(1, math.ceil(evaluation * (1 - eval_share) / (eval_share * step)))
+    eval_every = eval_every or max(1, math.ceil(evaluation * (1 - eval_time_share) / (eval_time_share * step)))
     n_steps = (epoch_minutes * 60 - evaluation) / (step + evaluation / eval_every)
     return max(1, int(n_steps)) * global_batch_size, eval_every        # one step at least
 

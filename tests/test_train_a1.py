@@ -74,6 +74,16 @@ def test_a_stopped_run_goes_on_as_the_same_run_to_the_last_bit(a1_config, a1_run
     assert_same_run(tmp_path, a1_run.out, tensors=['connector'])
 
 
+def test_a_killed_run_goes_on_from_a_checkpoint_between_evaluations(a1_config, a1_run, tmp_path):
+    """Of step 10: the last evaluation was at step 8."""
+    status = in_children(run_until, 11, signal.SIGKILL, run_here, 'train_a1.py', a1_config, f'--out_dir={tmp_path}',
+                         '--save_minutes=1e-6')
+    assert status == [-signal.SIGKILL] and read_json(tmp_path / 'ckpt' / 'meta.json')['step'] == 10
+    code, _ = run_here('train_a1.py', a1_config, f'--out_dir={tmp_path}', '--resume=True')
+    assert code == a1_run.code
+    assert_same_run(tmp_path, a1_run.out, tensors=['connector'])
+
+
 def test_resume_falls_back_when_the_last_checkpoint_is_damaged(a1_config, a1_run, tmp_path, capsys):
     shutil.copytree(a1_run.out, tmp_path / 'run')
     damage(tmp_path / 'run' / 'ckpt' / 'connector.pt')

@@ -107,7 +107,7 @@ def test_a_signal_on_one_rank_stops_them_all():
 def looks_on_rank_1(rank):
     """At which of 40 steps a signal, which comes to rank 1 before step 10, stops each of two ranks, steps of 0.25 s."""
     clock = Clock()
-    stop = StopSignal(clock)
+    stop = StopSignal(clock=clock)
     for step in range(40):
         if rank == 1 and step == 10:
             os.kill(os.getpid(), signal.SIGTERM)
@@ -121,10 +121,32 @@ def test_ranks_look_for_a_signal_every_two_seconds_and_stop_at_the_same_step():
     assert results_on_two_ranks(looks_on_rank_1) == [(14, 8)] * 2      # looks at steps 0, 2, 6, 14
 
 
+def saves_with_a_clock(rank):
+    """At which of 40 steps of 30 s a checkpoint is due every three minutes; the clock of rank 1 is a minute ahead."""
+    clock = Clock()
+    clock.now += 60 * rank
+    stop = StopSignal(save_minutes=3, clock=clock)
+    due = []
+    for step in range(40):
+        stop.before_step()
+        if stop.save_is_due:
+            due.append(step)
+            clock.now += 5 + rank                      # what it takes, by each one's clock
+            stop.saved()
+        clock.now += 30
+    return due
+
+
+def test_a_checkpoint_is_due_at_the_same_steps_on_all_ranks():
+    alone = saves_with_a_clock(0)
+    assert alone == [6, 12, 18, 24, 30, 36]
+    assert results_on_two_ranks(saves_with_a_clock) == [alone, alone]
+
+
 def test_steps_that_become_slow_are_looked_at_more_often(monkeypatch):
     clock = Clock()
     monkeypatch.setattr(training, 'rank_of', lambda: (0, 2))
-    stop = StopSignal(clock)
+    stop = StopSignal(clock=clock)
     asked = []
     monkeypatch.setattr(training, 'all_gather', lambda look: asked.append(step) or [look, look])
     for step in range(60):
@@ -264,7 +286,7 @@ def test_an_epoch_is_what_fits_in_its_minutes_at_the_median_time_of_a_step(monke
         def evaluate():
             clock.now += evaluation
         return measure_epoch(waited_for(), forward_backward, optimizer, minutes, global_batch_size, evaluate=evaluate,
-                             eval_every=10, eval_share=0.05)[0]
+                             eval_every=10, eval_time_share=0.05)[0]
     # the first two warm up; 60 s / 0.5 s = 120 steps, by the mean 27
     assert samples(1.0, [99, 98, 0.5, 9.0, 0.375, 0.5, 0.625], 64) == 120 * 64
     assert samples(1.0, [0, 0, 7.0], 10) == 8 * 10     # 8.57 steps: whole ones only
@@ -290,7 +312,7 @@ def test_evaluations_come_as_often_as_their_share_of_the_time_allows(evaluation,
 
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))])
     measured = measure_epoch([0.5] * 7, pass_time, optimizer, 60.0, 8, evaluate=lambda: pass_time(evaluation),
-                             eval_every=given, eval_share=0.05)
+                             eval_every=given, eval_time_share=0.05)
     assert measured == (8 * n_steps, eval_every)
 
 

@@ -240,17 +240,19 @@ def check_memory(stage, card_gib, ranks):
         stage.note('memory: not checked, the sizes of its base models or codecs are not known here')
         return
     shape = {}
+    where = {'ranks': ranks, 'checkpointing': settings['gradient_checkpointing'],
+             'shard': settings['shard'] and ranks > 1}
     if track_a:
         tokens, labels, images = stage.longest or TYPICAL[stage.kind]
         for name in 'num_image_tokens', 'connector_width', 'connector_depth', 'connector_heads':
             shape[name.removeprefix('connector_')] = stage.setting(name)
         shape['vision_ln'] = bool(stage.setting('vision_ln'))
-        step = Step(settings['micro_batch_size'], tokens, labels, images=images, ranks=ranks)
+        step = Step(settings['micro_batch_size'], tokens, labels, images=images, **where)
     else:
         most = max(n for n, _ in codes.values())
         tokens = min(most + 100, settings['max_seq_len'])
         _, code_range = codes.get('image', codes.get('audio'))
-        step = Step(settings['micro_batch_size'], tokens, 20, codes=most + 1, code_range=code_range, ranks=ranks)
+        step = Step(settings['micro_batch_size'], tokens, 20, codes=most + 1, code_range=code_range, **where)
     trained = Trained(shape, 4 + sum(ids for _, ids in codes.values()), lora_r=settings.get('lora_r', 16),
                       lora_dropout=settings.get('lora_dropout', 0.0), full_tune=settings.get('full_tune', False))
     peak = memory_needed(stage.kind, llm, tower, step, trained)['peak'] / GIB
@@ -259,7 +261,8 @@ def check_memory(stage, card_gib, ranks):
     if peak * 1.1 + 1 <= card_gib:                     # as in docs/bigger.md: the allocator, and CUDA itself
         stage.ok(f'memory: {text}')
     else:
-        stage.wrong(f'memory: {text} with a tenth and 1 GiB to spare: lower micro_batch_size')
+        stage.wrong(f'memory: {text} with a tenth and 1 GiB to spare: lower micro_batch_size, or set '
+                    'gradient_checkpointing or shard')
 
 
 def check_time(stage, ranks):
