@@ -1,6 +1,6 @@
 # Six short A1 runs of the small world, a twelfth as long as a1_small, at high learning rates for a small connector.
 # $ python sweep_a11.py configs/a11_small.py
-# 3 CPU minutes. The runs at 1.5e-3 and 3e-3 pass the bars of a beginning; those at 6e-3 do not look, and are marked.
+# 3 CPU minutes. The runs at 1.5e-3 pass the bars of a beginning, with luck those at 3e-3; those at 6e-3 do not look.
 base_config = 'configs/a1_small.py'
 out_dir = 'out/a11_small'
 grid = {'learning_rate': [1.5e-3, 3e-3, 6e-3], 'vision_ln': [False, True]}
