@@ -282,6 +282,7 @@ if rank == 0:
     del captions, media, chosen                        # what goes into each shard is on disk
     for path in work.glob('*.taken'):                  # of a start before this one
         path.unlink()
+barrier()
 names, samples_sha256 = all_gather((names, samples_sha256))[0]
 del hashes, reasons
 
@@ -365,7 +366,9 @@ def is_finished(name):
     return side['plan'] == samples_sha256
 
 
-finished = gather_in_order([is_finished(name) for name in names[rank::world_size]])
+finished = [is_finished(name) for name in names[rank::world_size]]
+barrier()
+finished = gather_in_order(finished)
 missing = [name for name, is_there in zip(names, finished) if not is_there]
 # ends the run as soon as a rank has met too many; bad_samples.jsonl is written in the end, from all shards
 too_many = BadSamples(out / 'bad_samples.jsonl', max_bad_samples, active=False)
@@ -386,7 +389,9 @@ for name, files, batch, is_last, arrays in read_ahead(batches_of(take_shards(wor
         encoded = {}
         shown.update(world_size)                       # the other ranks are about as far
 shown.close()
-seconds = max(all_gather(time.time() - start))
+seconds = time.time() - start
+barrier()                                              # of the last shards some take longer
+seconds = max(all_gather(seconds))
 n_made_media = int(all_sum(n_made_media))
 n_made_captions = int(all_sum(n_made_captions))
 
@@ -566,6 +571,7 @@ if rank == 0:
         n_truncated=total['truncated'],
     )
     status = gates.conclude(out, verdicts)
+barrier()
 status = int(all_sum(status))
 shutdown_ranks()
 sys.exit(status)

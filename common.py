@@ -86,6 +86,7 @@ def rank_of():
 def shutdown_ranks():
     """The last line of a script: NCCL warns of a process group that is left behind."""
     if dist.is_initialized():
+        WATCH.end()
         dist.destroy_process_group()
 
 
@@ -129,6 +130,7 @@ def on_rank_0(function, *args, **named):
     result = None
     if not dist.is_initialized() or dist.get_rank() == 0:
         result = function(*args, **named)
+    barrier()
     return all_gather(result)[0]
 
 
@@ -163,8 +165,10 @@ def stoppable_parts(mine, size, most):
 
 
 def barrier():
-    """Nobody goes on before everybody is here."""
-    all_sum(0)
+    """Nobody goes on before everybody is here. It stands behind what a rank does alone, or with a disk: the others wait
+    for that in the store and in no collective, and so as long as it takes."""
+    if dist.is_initialized():
+        WATCH.in_store()
 
 
 def reduce_gradients(parameters):

@@ -15,7 +15,7 @@ import numpy as np
 from filelock import FileLock
 
 from columns import ColumnWriter, open_columns, pack_texts, sealed_columns, text_at
-from common import all_gather, canonical, gather_in_order, read_sealed, sha256_file
+from common import all_gather, barrier, canonical, gather_in_order, on_rank_0, read_sealed, sha256_file
 from lists import Item, Root, llava_items, text_lines
 from media import BadSample
 
@@ -345,6 +345,7 @@ def picture_keys(paths, folder, rank=0, world_size=1):
             keys[had] = columns['keys'].reshape(-1, 32)[had]
             is_known |= had
         unknown = np.flatnonzero(~is_known).tolist()
+    barrier()
     keys, unknown = all_gather((keys, unknown))[0]
     digests = []
     for i in unknown[rank::world_size]:
@@ -352,6 +353,7 @@ def picture_keys(paths, folder, rank=0, world_size=1):
             digests.append(bytes.fromhex(media_sha256(paths[i])))
         except BadSample:
             digests.append(bytes(32))
+    barrier()
     for i, digest in zip(unknown, gather_in_order(digests), strict=True):
         keys[i] = list(digest)
     return keys, stamps if unknown else None
@@ -396,10 +398,7 @@ def prepare(kind, path, template, bad_samples, rank, image_root='', max_images=1
     sample may have. It is made anew when it is damaged, or when a link leads out of the root, or one no longer does.
     What is wrong in the list goes to bad_samples at every start.
     """
-    file = None
-    if rank == 0:
-        file = prepared_file(kind, path, template, bad_samples, image_root=image_root, max_images=max_images)
-    file = all_gather(file)[0]
+    file = on_rank_0(prepared_file, kind, path, template, bad_samples, image_root=image_root, max_images=max_images)
     if not file.exists():                              # on another machine, with a disk of its own
         file = prepared_file(kind, path, template, bad_samples, image_root=image_root, max_images=max_images)
     if rank > 0:

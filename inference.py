@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from common import (
-    all_gather, all_sum, gather_in_order, in_parts, rank_parts, sha256_file, stoppable_parts, write_atomic)
+    all_gather, all_sum, barrier, gather_in_order, in_parts, rank_parts, sha256_file, stoppable_parts, write_atomic)
 from templates import ChatTemplate, answer_text
 from data import answer_starts, collate, length_buckets
 from decoders import generate, load_tokenizer
@@ -227,6 +227,7 @@ def write_predictions(path, vlm, loader, template, examples, batch_size, max_new
             lines.append(json.dumps({'id': item.id, **named, **asked, 'truth': truth, 'prediction': text}) + '\n')
     if rank == 0:
         write_atomic(path, ''.join(lines))
+    barrier()
     return predictions, first_replies
 
 

@@ -16,7 +16,7 @@ import numpy as np
 import soxr
 from PIL import ExifTags, Image, ImageDraw, ImageFile, PngImagePlugin
 
-from common import all_gather, first_line, write_atomic
+from common import all_gather, barrier, first_line, write_atomic
 
 MAX_PIXELS = 64_000_000                                # about 8,000 x 8,000; PIL's limit only warns below twice 89 M
 MAX_IMAGE_BYTES = 8 * MAX_PIXELS                       # as many as 16-bit RGBA takes: some formats are read whole
@@ -72,6 +72,7 @@ class BadSamples:
 
     def gather(self):
         """The list of all ranks, on every rank. Between two calls each rank knows only of its own new ones."""
+        barrier()                                      # rank 0 may still draw or write what came before
         had = list(self.entries)                       # at once: the loader's thread may add some meanwhile
         for part in all_gather(had):
             self.entries.update(part)

@@ -12,7 +12,8 @@ from typing import NamedTuple
 import numpy as np
 import safetensors.numpy
 
-from common import all_gather, one_line_io_errors, rank_of, read_sealed, sha256_file, write_atomic, write_sealed
+from common import (
+    all_gather, barrier, one_line_io_errors, rank_of, read_sealed, sha256_file, write_atomic, write_sealed)
 from examples import media_sha256
 from media import BadSample
 
@@ -122,6 +123,7 @@ def hash_media(folder, threads):
         'stamps': interleaved(np.array(stamps, np.int64).reshape(-1, 2)),
         'hashes': interleaved(np.frombuffer(b''.join(hashes), np.uint8).reshape(-1, 32)),
     }
+    barrier()
     for others in all_gather(reasons):
         reasons.update(others)
     if rank == 0 and (known is None or not np.array_equal(known['stamps'], tensors['stamps'])):

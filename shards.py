@@ -16,7 +16,7 @@ import numpy as np
 import safetensors.numpy
 from safetensors import safe_open
 
-from common import gather_in_order, rank_of, read_sealed, sha256_file, write_atomic, write_sealed
+from common import barrier, gather_in_order, rank_of, read_sealed, sha256_file, write_atomic, write_sealed
 from data import shuffled_index
 from examples import NO_IMAGES, Example
 from lists import json_lines, path_inside, read_list, read_records, read_text_lines, require_text
@@ -231,7 +231,9 @@ def check_shards(folder, entries, space):
 
     rank, world_size = rank_of()
     with ThreadPoolExecutor(4) as threads:             # hashing lets go of Python: a disk is kept busy
-        found = gather_in_order(threads.map(check, entries[rank::world_size]))
+        found = list(threads.map(check, entries[rank::world_size]))
+    barrier()
+    found = gather_in_order(found)
     whole = {entry['name']: one for entry, one in zip(entries, found) if isinstance(one, dict)}
     if rank == 0 and any(known.get(name) != one for name, one in whole.items()):
         try:

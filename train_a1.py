@@ -256,6 +256,7 @@ def save(state):
             'evaluated': evaluated, 'data': data_seen})
     if rank == 0:
         write_status(out, state, step, n_steps)
+    barrier()                                          # nobody leaves, and ends the run, while rank 0 still writes
     stop.saved()
 
 
@@ -381,6 +382,7 @@ if rank == 0:
     status = gates.conclude(out, verdicts, worth={'': worth}, losses=means)
     write_status(out, 'finished', step, n_steps)
     gates.curves(out / 'log.jsonl', out / 'curves.png')
+barrier()                                              # an export may take longer than a rank waits in a step
 status = int(all_sum(status))
 shutdown_ranks()
 sys.exit(status)

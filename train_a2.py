@@ -290,6 +290,7 @@ def save(state):
             'evaluated': evaluated, 'data': data_seen})
     if rank == 0:
         write_status(out, state, step, n_steps)
+    barrier()                                          # nobody leaves, and ends the run, while rank 0 still writes
     stop.saved()
 
 
@@ -428,6 +429,7 @@ if rank == 0:
     save_file(connector, out / 'connector.safetensors')
     write_status(out, 'finished', step, n_steps)
     gates.curves(out / 'log.jsonl', out / 'curves.png')
+barrier()                                              # an export may take longer than a rank waits in a step
 status = int(all_sum(status))
 shutdown_ranks()
 sys.exit(status)

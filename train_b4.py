@@ -22,7 +22,7 @@ from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
 import gates
 from common import (
-    Progress, all_sum, frozen_dtype, init_ranks, load_checkpoint, on_rank_0, provenance, reduce_gradients,
+    Progress, all_sum, barrier, frozen_dtype, init_ranks, load_checkpoint, on_rank_0, provenance, reduce_gradients,
     seed_everything, shutdown_ranks)
 from configure import configure
 from data import Loader, files_fingerprint, plain_texts
@@ -238,6 +238,7 @@ codecs = None
 if rank == 0:
     codecs = UTI.of_space(space, shards_dir, llm, image_codec=image_codec, audio_codec=audio_codec,
                           image_prefix=image_prefix, audio_prefix=audio_prefix, device=device)
+barrier()
 if rank == 0:
     n_train = sum(len(examples) for examples in train_sets.values())
     held_out = ', '.join(f'{len(examples)} {task}' for task, examples in eval_sets.items())
@@ -337,16 +338,17 @@ def evaluate(at_end):
 
 
 def generate(task, examples, path, guidance):
-    """Describe, draw or generate audio: path.jsonl, a line an example, and what it decodes to in path/. Returns, on
-    rank 0, what was generated and what it decodes to."""
+    """Describe, draw or generate audio: path.jsonl, a line an example, and what it decodes to in path/. Returns what
+    was generated and, on rank 0, what it decodes to."""
     # nothing is kept for a backward pass: four times as many fit
     outputs = complete_task(model, grammar, task=task, examples=examples, batch_size=4 * micro_batch_size,
                             max_new_tokens=max_new_tokens, temperature=temperature, guidance=guidance, rank=rank,
                             world_size=world_size)
-    if rank != 0:
-        return [], []
-    decoded = write_completions(path, task, examples, outputs=outputs, tokenizer=tokenizer, uti=codecs,
-                                batch_size=micro_batch_size)
+    decoded = []
+    if rank == 0:
+        decoded = write_completions(path, task, examples, outputs=outputs, tokenizer=tokenizer, uti=codecs,
+                                    batch_size=micro_batch_size)
+    barrier()                                          # the others do nothing meanwhile
     return outputs, decoded
 
 
@@ -376,6 +378,7 @@ def save(state):
             'evaluated': evaluated, 'data': data_seen, 'token_space': space.fields(), 'start': at_start})
     if rank == 0:
         write_status(out, state, step, n_steps)
+    barrier()                                          # nobody leaves, and ends the run, while rank 0 still writes
     stop.saved()
 
 
@@ -547,6 +550,7 @@ if rank == 0:
         adapter.save_pretrained(out / 'adapter')
     write_status(out, 'finished', step, n_steps)
     gates.curves(out / 'log.jsonl', out / 'curves.png', [f'{task}_correct' for task in tasks], tasks)
+barrier()                                              # an export may take longer than a rank waits in a step
 status = int(all_sum(status))
 shutdown_ranks()
 sys.exit(status)

@@ -1,10 +1,12 @@
 """
-How long a rank waits for another one: a rank that hangs ends the run in a line that names it.
+How long a rank waits for another one: a rank that hangs ends the run in a line that names it, one that has ended does
+so within seconds, and one that works on its disk is waited for as long as it takes.
 
 Not by torch's own timeout: gloo and NCCL say in a page of their words that it has passed, and not whom they waited for.
 """
-import atexit
 import os
+import secrets
+import socket
 import sys
 import threading
 import time
@@ -13,54 +15,126 @@ from contextlib import contextmanager, suppress
 import torch.distributed as dist
 
 
+DAY = 24 * 60.0                                        # in minutes
+
+
 class Watch:
-    """Notes the collective that this rank is in. A thread looks at the note and ends the process when it is too old."""
+    """Notes what this rank waits in, a collective or the store. A thread looks at the note and ends the process when it
+    is too old."""
     def __init__(self):
-        self.minutes = 24 * 60.0                       # while data is prepared: rank 0 may have every picture to read
-        self.n_collectives = 0                         # begun so far: as many on every rank that waits in this one
-        self.since = None                              # when the one that is going on began
+        self.minutes = DAY                             # while data is prepared: rank 0 may have every picture to read
+        self.n_waits = 0                               # begun so far: as many on every rank that waits in this one
+        self.n_meetings = 0                            # of these in the store
+        self.since = None                              # when the one that is going on began, or others last gave a sign
+        self.lines = []                                # connections of rank 0 and each other rank
 
     def start(self):
         store = dist.distributed_c10d._get_default_store()   # by which the ranks found each other; no public name
-        atexit.register(self.tell_end, store)
+        # connections of their own: asking a rank that was stopped takes for ever, and nobody else can ask meanwhile
+        self.store = store.clone()
+        self.store.set(f'here/{dist.get_rank()}', '0')
+        self.store.set(f'sign/{dist.get_rank()}', '0')
+        heard = store.clone()
+        self.connect(heard)
         sys.excepthook = say_in_a_line
         threading.Thread(target=self.look, args=(store,), daemon=True).start()
-        # a connection of its own: asking a rank that was stopped takes for ever, and nobody else can ask meanwhile
-        threading.Thread(target=self.hear, args=(store.clone(),), daemon=True).start()
+        threading.Thread(target=self.hear, args=(heard,), daemon=True).start()
 
-    def tell_end(self, store):
-        """At exit: a rank that has not come to shutdown_ranks has failed."""
-        if dist.is_initialized():
-            with suppress(RuntimeError):
-                store.set('ended', str(dist.get_rank()))
+    def connect(self, store):
+        """A line from every rank to rank 0: the system closes it when a process ends, however it does."""
+        if dist.get_rank() == 0:
+            server = socket.create_server(('', 0))
+            word = secrets.token_hex(16)
+            store.set('door', f'{server.getsockname()[1]} {word}')
+            threading.Thread(target=self.let_in, args=(server, word, store), daemon=True).start()
+            return
+        port, word = store.get('door').decode().split()
+        with suppress(OSError):                        # no way to rank 0 but gloo's, which will do
+            line = socket.create_connection((os.environ['MASTER_ADDR'], int(port)), timeout=60)
+            line.sendall(f'{word} {dist.get_rank():8}'.encode())
+            self.follow(line, 0, store)
+
+    def let_in(self, server, word, store):
+        while True:
+            line, _ = server.accept()
+            line.settimeout(60)
+            with suppress(OSError, ValueError):        # a stranger
+                said, rank = line.recv(len(word) + 9, socket.MSG_WAITALL).decode().split()
+                if said == word:
+                    self.follow(line, int(rank), store)
+
+    def follow(self, line, rank, store):
+        """Tell all when this line of another rank is closed without a good-bye."""
+        def read():
+            with suppress(OSError):
+                if line.recv(1):
+                    return
+            with suppress(RuntimeError):               # rank 0 has ended, and the store with it
+                store.set('ended', str(rank))
+
+        line.settimeout(None)
+        self.lines.append(line)
+        threading.Thread(target=read, daemon=True).start()
+
+    def end(self):
+        """This rank has nothing to wait for any more, and the others not for it."""
+        for line in self.lines:
+            with suppress(OSError):
+                line.sendall(b'.')
 
     @contextmanager
     def collective(self, device='cpu'):
         """Around every collective, until its result is there. device: type of the one that its tensors are on."""
-        self.n_collectives += 1
+        self.n_waits += 1
         self.since = time.monotonic()
         try:
             yield
         except RuntimeError as e:
-            if device != 'cpu' or not is_of_gloo(e):   # of CUDA, or of what is computed between the messages
+            # else of CUDA, or of what is computed between the messages
+            if not isinstance(e, dist.DistError) and (device != 'cpu' or not is_of_gloo(e)):
                 raise
             raise SystemExit(end_of_another(e))
         finally:
             self.since = None
 
+    def in_store(self):
+        """Wait until every rank is here, and in no collective: as long as those that are not give signs of life, up to
+        a day, since what they do with their disks may take that long."""
+        ranks = range(dist.get_world_size())
+        self.n_meetings += 1
+        with self.collective():
+            self.store.set(f'here/{dist.get_rank()}', str(self.n_meetings))
+            began = heard = time.monotonic()
+            signs = {}
+            pause = 0.002
+            while True:
+                here = self.store.multi_get([f'here/{rank}' for rank in ranks])
+                absent = [rank for rank in ranks if int(here[rank]) < self.n_meetings]
+                if not absent:
+                    return
+                time.sleep(pause)
+                pause = min(2 * pause, 0.25)
+                if time.monotonic() - heard < 1:       # a sign comes once in a second
+                    continue
+                found = dict(zip(absent, self.store.multi_get([f'sign/{rank}' for rank in absent])))
+                if all(found[rank] != signs.get(rank) for rank in absent):
+                    signs = found
+                    heard = time.monotonic()
+                    self.since = min(heard, began + 60 * DAY)
+
     def look(self, store):
-        told = 0
+        told = n_signs = 0
         while True:
             time.sleep(min(1.0, 6 * self.minutes))     # a tenth of the time at most
-            n = self.n_collectives
+            n_signs += 1
+            n = self.n_waits
             since = self.since
-            if since is None:
-                continue
-            if n != told:                              # this one takes long enough for the others to hear of it
-                with suppress(RuntimeError):           # rank 0 has ended, and the store with it
+            with suppress(RuntimeError):               # rank 0 has ended, and the store with it
+                store.set(f'sign/{dist.get_rank()}', str(n_signs))
+                if since is not None and n != told:    # this one takes long enough for the others to hear of it
                     store.set(f'waiting/{dist.get_rank()}', str(n))
-                told = n
-            if time.monotonic() - since > 60 * self.minutes:
+                    told = n
+            if since is not None and time.monotonic() - since > 60 * self.minutes:
                 time.sleep(1)                          # one that has just come has not told yet
                 if self.since != since:
                     continue
@@ -68,15 +142,20 @@ class Watch:
                 leave(f' has waited {self.minutes:g} min for rank {silent}: was it stopped, does its disk hang? Start '
                       'again to go on; a longer timeout lets it take longer')
 
-
     def hear(self, store):
-        """Leave when another rank has failed while this one waits: gloo says so itself, NCCL would wait for ever."""
-        with suppress(RuntimeError):                   # the store has gone with rank 0
-            while True:
-                time.sleep(1)
-                if self.since is not None and store.check(['ended']):
-                    time.sleep(1)                      # gloo's own line comes first where there is one
-                    leave(f': rank {store.get("ended").decode()} has ended, its own lines say why')
+        """Leave when another rank has ended while this one waits: gloo says so itself, NCCL would wait for ever."""
+        while True:
+            time.sleep(1)
+            if self.since is None:
+                continue
+            try:
+                ended = store.get('ended').decode() if store.check(['ended']) else None
+            except RuntimeError:                       # without torchrun rank 0 keeps the store
+                ended = '0'
+            if ended is not None:
+                time.sleep(1)                          # gloo's own line comes first where there is one
+                if self.since is not None:
+                    leave(f': rank {ended} has ended, its own lines say why')
 
 
 def is_of_gloo(e):

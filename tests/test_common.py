@@ -19,9 +19,9 @@ import torch.distributed as dist
 
 import common
 from common import (
-    Progress, all_gather, all_sum, frozen_dtype, gather_in_order, has_checkpoint, in_parts, init_ranks, load_checkpoint,
-    lock_run, on_rank_0, progress, rank_parts, read_sealed, reduce_gradients, require_vacant, save_checkpoint,
-    seed_everything, sha256_tensors, shutdown_ranks, whole_folder, write_atomic, write_sealed)
+    Progress, all_gather, all_sum, barrier, frozen_dtype, gather_in_order, has_checkpoint, in_parts, init_ranks,
+    load_checkpoint, lock_run, on_rank_0, progress, rank_parts, read_sealed, reduce_gradients, require_vacant,
+    save_checkpoint, seed_everything, sha256_tensors, shutdown_ranks, whole_folder, write_atomic, write_sealed)
 from watch import WATCH, say_in_a_line, wait_at_most
 
 
@@ -429,14 +429,14 @@ def test_two_ranks_add_their_gradients_sum_in_float64_and_gather_in_order():
         assert (found['in order'], found['few in order'], found['of rank 0']) == (list('abcde'), ['a'], 0)
 
 
-@pytest.mark.parametrize('stopped', [0, 2])
-def test_a_rank_that_is_stopped_ends_the_others_in_a_line_that_names_it(stopped, capfd):
+@pytest.mark.parametrize('stopped, wait_for_it', [(0, all_sum), (2, all_sum), (2, lambda _: barrier())])
+def test_a_rank_that_is_stopped_ends_the_others_in_a_line_that_names_it(stopped, wait_for_it, capfd):
     def wait(rank):
         all_gather(rank)
         wait_at_most(0.05)
         if rank == stopped:
             os.kill(os.getpid(), signal.SIGSTOP)
-        return all_sum(1)
+        return wait_for_it(1)
 
     ranks = start_ranks(wait, n=3)
     for rank, (process, _) in enumerate(ranks):
@@ -451,41 +451,56 @@ def test_a_rank_that_is_stopped_ends_the_others_in_a_line_that_names_it(stopped,
     assert not any('Traceback' in line for line in lines)
 
 
-def test_a_rank_that_ends_ends_the_others_in_one_line(capfd):
+@pytest.mark.parametrize('wait_for_it, line', [
+    (all_sum, 'rank 0: another rank has ended, its own lines say'),
+    (lambda _: barrier(), 'rank 0: rank 1 has ended, its own lines say')])
+def test_a_rank_that_ends_ends_the_others_in_one_line(wait_for_it, line, capfd):
     def end(rank):
+        all_gather(rank)
         if rank == 1:
             raise SystemExit('its disk is full')
-        return all_sum(1)
+        return wait_for_it(1)
 
     for process, _ in start_ranks(end):
         process.join(30)
         assert process.exitcode == 1
     lines = sorted(capfd.readouterr().err.splitlines())
-    assert lines[0] == 'its disk is full' and lines[1].startswith('rank 0: another rank has ended, its own lines say')
+    assert lines[0] == 'its disk is full' and lines[1].startswith(line)
     assert len(lines) == 2
 
 
-def test_a_rank_that_waits_where_nothing_tells_it_hears_of_one_that_has_failed(capfd):
+@pytest.mark.parametrize('ended', [0, 1])
+@pytest.mark.parametrize('how', ['kill', 'raise'])
+def test_a_rank_that_waits_where_nothing_tells_it_hears_of_one_that_has_ended(ended, how, capfd):
     """As in NCCL, which does not notice that another one is gone."""
     def wait(rank):
         all_gather(rank)
-        if rank == 1:
+        if rank == ended:
+            if how == 'kill':
+                os.kill(os.getpid(), signal.SIGKILL)
             raise SystemExit('its disk is full')
         with WATCH.collective('cuda'):
             time.sleep(60)
 
-    def run(rank):                                     # a process of its own goes through atexit, a fork does not
-        try:
-            return wait(rank)
-        finally:
-            WATCH.tell_end(dist.distributed_c10d._get_default_store())
-            time.sleep(3)
-
-    process, _ = start_ranks(run)[0]                   # rank 0 keeps the store
+    process, _ = start_ranks(wait)[1 - ended]
     process.join(20)
     assert process.exitcode == 1
-    said = [line for line in capfd.readouterr().err.splitlines() if line.startswith('rank 0')]
-    assert said == ['rank 0: rank 1 has ended, its own lines say why']
+    said = [line for line in capfd.readouterr().err.splitlines() if line.startswith(f'rank {1 - ended}')]
+    assert said == [f'rank {1 - ended}: rank {ended} has ended, its own lines say why']
+
+
+@pytest.mark.parametrize('working', [0, 1])
+def test_a_rank_is_waited_for_in_the_store_while_it_works_however_long_that_takes(working, capfd):
+    def work(rank):
+        all_gather(rank)
+        wait_at_most(0.02)                             # 1.2 s
+        if rank == working:
+            time.sleep(3)
+        barrier()
+        return all_sum(rank)
+
+    assert results_on_two_ranks(work) == [1.0, 1.0]
+    assert capfd.readouterr().err == ''
 
 
 def test_what_gloo_raises_inside_of_a_model_is_one_line_and_anything_else_a_traceback(monkeypatch, capsys):
