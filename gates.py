@@ -26,7 +26,7 @@ from common import new_figure, write_atomic
 
 
 # What a stage is worth: of the loss under another input, the share that the right one removes; recall@1 of the right
-# input of an output, and of the right output of an input, among 32; the share of different texts, or codes, it makes
+# input of an output, and of the right output of an input, in its set; the share of different texts, or codes, it makes
 WORTH = ('share removed', 'input found', 'output found', 'different')
 
 
@@ -101,14 +101,27 @@ def looked(verdicts):
 def retrieval_gates(crossed, input_name, output_name, input_bar, output_bar):
     """Do the likelihoods find the right input of an output, and the right output of an input, among those of a set?
 
-    crossed: (sets, n, n) of crossed_losses; names: 'picture of a caption'; bars: of recall@1, against chance, 1 / n.
+    crossed: (sets, n, n) of crossed_losses; names: 'picture of a caption'; bars: of recall@1 among 32, see bar_among.
     """
     n = crossed.shape[-1]
-    return [
-        clears(f'{input_name} found among {n}, {FOUND}', grounding.recall(grounding.input_ranks(crossed)), input_bar),
-        clears(f'{output_name} found among {n}, {FOUND}', grounding.recall(grounding.output_ranks(crossed)),
-               output_bar),
-    ]
+    gates = []
+    for name, ranks, bar in ((input_name, grounding.input_ranks(crossed), input_bar),
+                             (output_name, grounding.output_ranks(crossed), output_bar)):
+        gate = clears(f'{name} found among {n}, {FOUND}', grounding.recall(ranks), bar_among(n, bar))
+        if n < grounding.SET_SIZE:
+            gate = gate._replace(bar=f'{gate.bar}; {bar:g} among {grounding.SET_SIZE}, but only {n} differ')
+        gates.append(gate)
+    return gates
+
+
+def bar_among(n, bar):
+    """The bar of recall@1 in sets of n that is as far on the way from a guess to 1 as `bar` is in sets of 32.
+
+    A guess is right in 1 / n: in sets of 2 it would clear a bar of 0.4 by itself. In sets of 1 nothing clears this one.
+    """
+    guess = 1 / n
+    usual_guess = 1 / grounding.SET_SIZE
+    return guess + (1 - guess) * (bar - usual_guess) / (1 - usual_guess)
 
 
 def text_gates(name, predictions, distinct, commonest, malformed, own_truth=None):
@@ -409,7 +422,7 @@ def curves(log, png, conditions=('noise', 'zero', 'shuffled', 'correct'), tasks=
         prefix = f'{task}_' if task else ''
         for what in 'input', 'output':
             plot(right, f'{prefix}{what}_recall_1', f'{task} {what}'.strip())
-    right.set(title='found among 32, recall@1', xlabel='step', ylim=(-0.03, 1.03))
+    right.set(title='found in its set, recall@1', xlabel='step', ylim=(-0.03, 1.03))
     for axes in middle, right:
         axes.legend()
     content = io.BytesIO()

@@ -310,8 +310,8 @@ while True:
                 log.write('eval', step=step, **means)
             evaluated = True
             progress.write(f'step {step}: the right image removes {means["share_removed"]:.0%} of the loss, is found '
-                           f'among 32 in {means["input_recall_1"]:.0%}; held-out loss {means["correct"]:.4f}, '
-                           f'{means["shuffled"]:.4f} another one, {means["zero"]:.4f} zeros, '
+                           f'among {crossed.shape[-1]} in {means["input_recall_1"]:.0%}; held-out loss '
+                           f'{means["correct"]:.4f}, {means["shuffled"]:.4f} another one, {means["zero"]:.4f} zeros, '
                            f'{means["noise"]:.4f} noise')
         save('stopped' if stopped else 'running')
         meter.go_on()

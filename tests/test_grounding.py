@@ -80,6 +80,23 @@ def test_a_model_that_looks_at_nothing_finds_nothing_and_nan_neither(table):
     assert not any(gate.passed for gate in gates.retrieval_gates(table, 'a', 'b', 0.0, 0.0))
 
 
+@pytest.mark.parametrize('n, bar, bar_there', [
+    (32, 0.4, 0.4), (32, -1.0, -1.0), (2, 0.4, 0.5 + 0.5 * (0.4 - 1 / 32) / (31 / 32)), (1, 0.4, 1.0), (8, 1.0, 1.0)])
+def test_the_bar_of_a_small_set_is_as_far_above_a_guess(n, bar, bar_there):
+    assert gates.bar_among(n, bar) == pytest.approx(bar_there)
+
+
+@pytest.mark.parametrize('n', [1, 2, 3, 5])
+def test_a_blind_model_fails_where_only_few_outputs_differ_and_one_that_sees_passes(n):
+    """Answers yes and no make sets of 2, in which half of all guesses are right; a single answer makes sets of 1."""
+    for seed in range(5):
+        noise = np.random.default_rng(seed).normal(size=(128 // n, n, n))
+        assert not any(gate.passed for gate in gates.retrieval_gates(noise, 'a', 'b', 0.4, 0.25))
+        seen = noise - 9 * np.eye(n)
+        found = gates.retrieval_gates(seen, 'a', 'b', 0.4, 0.25)
+        assert [gate.passed for gate in found] == [n > 1] * 2 and f'0.4 among 32, but only {n} differ' in found[0].bar
+
+
 def test_the_crossed_share_is_that_of_the_mean_of_the_others():
     crossed = np.full((1, 8, 8), 4.0) - 3 * np.eye(8)
     assert grounding.crossed_share(crossed).value == 0.75
