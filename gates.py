@@ -22,7 +22,7 @@ from typing import NamedTuple
 import numpy as np
 
 import grounding
-from common import new_figure, write_atomic
+from common import new_figure, rank_of, write_atomic
 
 
 # What a stage is worth: of the loss under another input, the share that the right one removes; recall@1 of the right
@@ -177,24 +177,34 @@ def text_gate(rise, bar, shared):
 # -----------------------------------------------------------------------------
 # what a stage did
 
+TRUNCATED = 'share of truncated samples'
+UNLABELLED = 'samples without a label'
+UNDECLARED = 'parameters trained but not declared, or declared but not trained'
+LORA_OUTSIDE = "LoRA weights outside the language model's layers"
+
 
 def training_gates(declared, trainable, with_gradient, before, after):
     """The gates on what was trained: declared, trainable and with_gradient are sets of names; before and after the
     sha256 of everything frozen."""
-    undeclared = set(declared) ^ set(trainable)        # in one of them only
     without_gradient = set(trainable) - set(with_gradient)   # over the whole run: cut off from the loss
     return [
-        exactly('parameters trained but not declared, or declared but not trained', len(undeclared), 0),
+        declared_gate(declared, trainable),
         exactly('trained parameters without a gradient', len(without_gradient), 0),
         exactly('frozen weights changed (sha256)', int(before != after), 0),
     ]
 
 
+def declared_gate(declared, trainable):
+    """Is what is trained, by its names, what the script says that it trains?"""
+    undeclared = set(declared) ^ set(trainable)        # in one of them only
+    return exactly(UNDECLARED, len(undeclared), 0)
+
+
 def label_gates(n, n_truncated, n_unlabelled, max_truncated):
     """The gates on what a stage's n examples lost: cut ones, and ones without a label."""
     return [
-        at_most('share of truncated samples', n_truncated / n if n else math.nan, max_truncated),
-        exactly('samples without a label', n_unlabelled if n else math.nan, 0),
+        at_most(TRUNCATED, n_truncated / n if n else math.nan, max_truncated),
+        exactly(UNLABELLED, n_unlabelled if n else math.nan, 0),
     ]
 
 
@@ -202,7 +212,34 @@ def lora_gate(names):
     """Of all parameters' names: LoRA is in the language model's layers and nowhere else, the tower for example."""
     # targets such as q_proj are names of the tower's modules too
     outside = [name for name in names if 'lora_' in name and not re.match(r'llm\.[\w.]+\.\d+\.', name)]
-    return exactly("LoRA weights outside the language model's layers", len(outside), 0)
+    return exactly(LORA_OUTSIDE, len(outside), 0)
+
+
+# data and settings decide these before the first step; and what helps
+CURES = {
+    TRUNCATED: 'raise max_seq_len or gate_truncated, or leave the long ones out',
+    UNLABELLED: 'raise max_seq_len, or leave these samples out',
+    UNDECLARED: 'set lora_targets to modules of the layers that it can train',
+    LORA_OUTSIDE: "set lora_targets to modules of the language model's layers",
+}
+
+
+def end_doomed(verdicts, allow_failed_gates=None):
+    """Exit with one line, before the first step, when a gate of CURES has failed: the run would fail by it at its end.
+    On every rank. With allow_failed_gates the line is printed and the run goes on; None: there is no such setting."""
+    failed = [gate for gate in verdicts if not gate.passed]
+    if not failed:
+        return
+    found = '; '.join(f'"{gate.name}": {gate.value:g}, wanted {gate.bar}' for gate in failed)
+    line = f'this run would fail at its end by {found}'
+    if allow_failed_gates:
+        if rank_of()[0] == 0:
+            print(f'{line}; it goes on, since allow_failed_gates = True')
+        return
+    cure = '; '.join(CURES[gate.name] for gate in failed)
+    if allow_failed_gates is not None:
+        cure += '; or set allow_failed_gates = True to train all the same'
+    raise SystemExit(f'{line}: {cure}')
 
 
 def shard_gates(n_shards, n_wrong_shards, ids, media, n_checked, n_wrong_decodes, n_mismatches, n_examples,

@@ -138,6 +138,8 @@ if rank == 0:
 barrier()
 train_set, eval_set, golden_set, edges = load_split(examples, out / 'split.json', n_eval)
 matching = matching_sets(caption_keys(eval_set), n_retrieval, seed)
+label_gates = gates.label_gates(*examples.label_counts(), gate_truncated)
+gates.end_doomed(label_gates)
 data_seen = on_rank_0(data_fingerprint, examples, out / 'split.json')   # a resume has to see the same
 
 # model: tower and language model are frozen, the connector learns
@@ -155,8 +157,6 @@ model = load_vlm(**model_args, dtype=dtype, device='cpu' if shard else device)
 if gradient_checkpointing:
     checkpoint_layers(model.llm)
 trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
-
-
 frozen_before = frozen_sha256(model, trainable)
 if shard:                                              # after the hash: from here on each rank has a part
     shard_layers(model.llm, device)
@@ -376,7 +376,7 @@ if rank == 0:
     gate, _ = gates.ablation('zeros cost more than another image', losses['shuffled'], losses['zero'], counts=counts,
                              bar=0.0, min_win=0.0)
     verdicts.append(gate)
-    verdicts += gates.label_gates(*examples.label_counts(), gate_truncated)
+    verdicts += label_gates
     verdicts += gates.training_gates(declared, trainable, with_gradient, before=frozen_before,
                                      after=frozen_sha256(model, trainable))
     status = gates.conclude(out, verdicts, worth={'': worth}, losses=means)

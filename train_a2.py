@@ -56,7 +56,7 @@ init_from = ''                 # out dir of an A2 run to go on from with a new s
 out_dir = 'out/a2'
 resume = False                 # go on from out_dir/ckpt; without it a folder with a checkpoint is refused
 max_bad_samples = 0            # more unusable samples than this end the run; up to it they go to bad_samples.jsonl
-allow_failed_gates = False     # start from an A1 run whose gates failed
+allow_failed_gates = False     # True: take an A1 run whose gates failed; train where one will fail by data or settings
 # LoRA, on the language model only
 lora_r = 16
 lora_alpha = 32
@@ -160,8 +160,13 @@ matching = matching_sets(caption_keys(eval_set), n_retrieval, seed, kinds=n_imag
 text_set = [template.text(text, where) for where, text in read_text_lines(text_jsonl)[:n_text]]
 if replay_jsonl:
     replay = prepare('text', replay_jsonl, template, bad_samples, rank=rank)
+    _, n_cut, _ = replay.label_counts()
+    if rank == 0 and n_cut:                            # no fault: what is left of them is text as well
+        print(f'{n_cut} of {len(replay)} texts to replay are cut at max_seq_len = {max_seq_len}')
     n_replay = round(replay_share / (1 - replay_share) * len(train_set))
     train_set += Chosen((replay, np.random.default_rng(seed).integers(len(replay), size=n_replay)))
+label_gates = gates.label_gates(*examples.label_counts(), gate_truncated)
+gates.end_doomed(label_gates, allow_failed_gates)
 data_seen = on_rank_0(data_fingerprint, examples, out / 'split.json')   # a resume has to see the same
 data_seen |= on_rank_0(files_fingerprint, text_jsonl=text_jsonl, replay_jsonl=replay_jsonl)
 
@@ -173,6 +178,9 @@ adapter = lora(model.llm, lora_r, lora_alpha, dropout=lora_dropout, targets=lora
 if gradient_checkpointing:
     checkpoint_layers(model.llm)
 trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+names = [name for name, _ in model.named_parameters()]
+declared = {name for name in names if name.startswith('connector.') or '.lora_' in name}
+gates.end_doomed([gates.lora_gate(names), gates.declared_gate(declared, trainable)], allow_failed_gates)
 frozen_before = frozen_sha256(model, trainable)
 if frozen_before != align_meta['frozen_sha256']:
     raise SystemExit(f'{align_dir} was aligned to other weights than those of {model_args["llm"]} and '
@@ -398,8 +406,6 @@ with adapter.disable_adapter():
 model.eval()                                           # on every rank: rank 0 judges and exports alone
 status = 0
 if rank == 0:
-    names = [name for name, _ in model.named_parameters()]
-    declared = {name for name in names if name.startswith('connector.') or '.lora_' in name}
     worth = gates.worth(means['share_removed'], crossed, distinct([p.text for p in predictions]))
     removed = share_removed(losses['correct'], losses['shuffled'])
     verdicts = [gates.clears(gates.SHARE_REMOVED, removed, gate_share_removed)]
@@ -417,7 +423,7 @@ if rank == 0:
         replayed = plain_texts(replay[:20_000])       # as many as take a second
         shared = shared_phrases(plain_texts(text_set), replayed)
     verdicts.append(gates.text_gate(text / base_text - 1, gate_text, shared))
-    verdicts += gates.label_gates(*examples.label_counts(), gate_truncated)
+    verdicts += label_gates
     verdicts.append(gates.lora_gate(names))
     verdicts += gates.training_gates(declared, trainable, with_gradient, before=frozen_before,
                                      after=frozen_sha256(model, trainable))

@@ -50,7 +50,7 @@ audio_prefix = ''
 text_jsonl = ''                # lines of {"text": ...}: their probabilities have to stay as they are
 out_dir = 'out/b3'
 resume = False                 # go on from out_dir/ckpt; without it a folder with a checkpoint is refused
-allow_failed_gates = False     # True: take shards whose gates failed
+allow_failed_gates = False     # True: take shards whose gates failed; train where one will fail by data or settings
 # new rows
 typed_head = True              # a label's loss over its own range; False: over every id, for other engines
 new_rows_noise = 0.02          # new rows start at the mean text row plus noise of this deviation
@@ -135,6 +135,8 @@ matching = {}                  # {task: sets of eval items to tell apart}
 for task, examples in eval_sets.items():
     matching[task] = matching_sets(matching_keys(task, examples), n_retrieval, seed)
 text_set = text_examples(text_jsonl, tokenizer, max_seq_len, n_text)
+label_gates = gates.label_gates(*label_counts(train_sets, eval_sets, golden_sets), gate_truncated)
+gates.end_doomed(label_gates, allow_failed_gates)
 data_seen = on_rank_0(shards_fingerprint, shards_dir)   # a resume has to see the same
 data_seen |= on_rank_0(files_fingerprint, text_jsonl=text_jsonl)
 
@@ -423,7 +425,7 @@ if rank == 0:
                 f'{task}: {name}', losses[task]['correct'], losses[task][condition], counts=counts[task], bar=nats,
                 min_win=win)
             verdicts.append(gate)
-    verdicts += gates.label_gates(*label_counts(train_sets, eval_sets, golden_sets), gate_truncated)
+    verdicts += label_gates
     beyond = set(optimizer.state) - {model.new_in, model.new_out}
     verdicts.append(gates.exactly('optimizer state beyond the new rows', len(beyond), 0))
     verdicts += gates.training_gates({'new_in', 'new_out'}, trainable, with_gradient, before=frozen_before,

@@ -56,7 +56,7 @@ replay_jsonl = ''              # plain text to train on beside the tasks: text a
 replay_share = 0.2             # of the examples, when there is a replay_jsonl
 out_dir = 'out/b4'
 resume = False                 # go on from out_dir/ckpt; without it a folder with a checkpoint is refused
-allow_failed_gates = False     # True: take shards, or a B3 run, whose gates failed
+allow_failed_gates = False     # True: take shards or a B3 run that failed; train where a gate will, by data or settings
 # what learns beside the new rows: LoRA on the language model only, or its layers
 full_tune = False              # True: no LoRA, the layers and the last norm learn; text rows and head stay frozen
 lora_r = 16
@@ -170,8 +170,13 @@ matching = {}                  # {task: sets of eval items to tell apart}
 for task, examples in eval_sets.items():
     matching[task] = matching_sets(matching_keys(task, examples), n_retrieval, seed)
 text_set = text_examples(text_jsonl, tokenizer, max_seq_len, n_text)
+label_gates = gates.label_gates(*label_counts(train_sets, eval_sets, golden_sets), gate_truncated)   # of the tasks
+gates.end_doomed(label_gates, allow_failed_gates)
 if replay_jsonl:
     train_sets['text'] = text_examples(replay_jsonl, tokenizer, max_seq_len)
+    n_cut = sum(example.truncated for example in train_sets['text'])
+    if rank == 0 and n_cut:                            # no fault: what is left of them is text as well
+        print(f'{n_cut} of {len(train_sets["text"])} texts to replay are cut at max_seq_len = {max_seq_len}')
 data_seen = on_rank_0(shards_fingerprint, shards_dir)   # a resume has to see the same
 data_seen |= on_rank_0(files_fingerprint, text_jsonl=text_jsonl, replay_jsonl=replay_jsonl)
 
@@ -208,6 +213,10 @@ else:
 if gradient_checkpointing:
     checkpoint_layers(model.llm)
 trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+names = [name for name, _ in model.named_parameters()]
+tuned = ('llm.model.layers.', 'llm.model.norm.') if full_tune else ()
+declared = {name for name in names if name.startswith(('new_', *tuned)) or '.lora_' in name}
+gates.end_doomed([gates.lora_gate(names), gates.declared_gate(declared, trainable)], allow_failed_gates)
 # beside LoRA the same weights are frozen as before it: they are hashed once
 frozen_before = frozen_sha256(model, trainable) if full_tune else base_sha256
 if shard:                                              # after the hash: from here on each rank has a part
@@ -534,11 +543,8 @@ if rank == 0:
         verdicts += gates.generation_gates(task, [*golden_outputs, *outputs], first, end=end, golden=golden_decoded,
                                            shapes=shapes, n_golden=n_golden)
         verdicts += gates.collapse_gates(task, outputs, decoded, distinct=gate_distinct, **collapse_bars)
-    verdicts += gates.label_gates(*label_counts(train_sets, eval_sets, golden_sets), gate_truncated)
-    names = [name for name, _ in model.named_parameters()]
+    verdicts += label_gates
     verdicts.append(gates.lora_gate(names))
-    tuned = ('llm.model.layers.', 'llm.model.norm.') if full_tune else ()
-    declared = {name for name in names if name.startswith(('new_', *tuned)) or '.lora_' in name}
     verdicts += gates.training_gates(declared, trainable, with_gradient, before=frozen_before,
                                      after=frozen_sha256(model, trainable))
     status = gates.conclude(out, verdicts, worth=worth, losses=means, start=at_start, ablations=measured)

@@ -114,6 +114,20 @@ def test_cut_examples_and_ones_without_a_label_are_counted():
     assert verdicts(gates.label_gates(0, 0, 0, 1.0)) == [False, False]
 
 
+def test_a_run_that_data_or_settings_doom_ends_with_one_line_or_is_told_to_go_on(capsys):
+    doomed = gates.label_gates(8, 2, 1, 0.01)
+    for allow, cure in (None, 'or leave these samples out'), (False, 'allow_failed_gates = True to train all the same'):
+        message = refusal(gates.end_doomed, doomed, allow)
+        assert '"share of truncated samples": 0.25, wanted <= 0.01; "samples without a label": 1, wanted' in message
+        assert message.endswith(cure)
+    gates.end_doomed(doomed, allow_failed_gates=True)
+    assert 'it goes on' in capsys.readouterr().out
+    for allow in None, False, True:
+        gates.end_doomed(gates.label_gates(8, 0, 0, 0.01), allow)
+    assert capsys.readouterr().out == ''
+    assert '"samples without a label": nan' in refusal(gates.end_doomed, gates.label_gates(0, 0, 0, 1.0))   # no samples
+
+
 def test_lora_outside_the_language_models_layers_fails():
     inside = 'llm.model.layers.0.self_attn.q_proj.lora_A.weight'
     assert gates.lora_gate([inside, 'tower.layers.0.q_proj.weight']).passed

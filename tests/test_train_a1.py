@@ -1,6 +1,7 @@
 """train_a1.py: it learns to see, gates can fail, a run can be stopped, resumed, split; and, once, what all training
 scripts do alike."""
 import shutil
+import re
 import signal
 import sys
 import types
@@ -51,10 +52,14 @@ def test_a_connector_that_never_sees_an_image_fails_the_ordering(a1_config, a1_c
     assert 'shuffled image costs more than the right one' in failed_gates(tmp_path / 'out')
 
 
-def test_a_config_that_truncates_fails_truncation(a1_config, tmp_path):
-    code, _ = run_here('train_a1.py', a1_config, f'--out_dir={tmp_path}', '--max_seq_len=24', '--epoch_samples=8',
-                       '--bucket_edges=(12,14)')
-    assert code == 1 and 'share of truncated samples' in failed_gates(tmp_path)
+def test_a_config_that_truncates_ends_before_the_first_step(a1_config, tmp_path):
+    command = 'train_a1.py', a1_config, f'--out_dir={tmp_path}', '--max_seq_len=24', '--epoch_samples=8'
+    code, _ = run_here(*command, '--bucket_edges=(12,14)')
+    assert re.fullmatch('this run would fail at its end by "share of truncated samples": 0.[0-9]+, wanted <= 0.01: '
+                        'raise max_seq_len or gate_truncated, or leave the long ones out', code)
+    assert not (tmp_path / 'log.jsonl').exists()
+    run_here(*command, '--bucket_edges=(12,14)', '--gate_truncated=1')
+    assert 0 < read_gates(tmp_path)['share of truncated samples']['value'] < 1
 
 
 @pytest.mark.parametrize('number, step', [(signal.SIGKILL, 10), (signal.SIGTERM, 10), (signal.SIGTERM, 8),

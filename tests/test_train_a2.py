@@ -1,4 +1,5 @@
 """train_a2.py: it learns to answer, LoRA stays in its place, PEFT loads it, text-only loss is judged, a run goes on."""
+import json
 import re
 import shutil
 import signal
@@ -44,8 +45,11 @@ def test_stock_peft_loads_the_adapter_and_gives_the_logits_of_the_run(a2_colours
 
 
 def test_replayed_text_is_the_share_of_the_examples_that_was_asked_for(a2_config, a2_run, tiny, tmp_path):
+    texts = (tiny / 'text' / 'train.jsonl').read_text() + 2 * (json.dumps({'text': 400 * 'a dot '}) + '\n')
+    (tmp_path / 'replay.jsonl').write_text(texts)
     _, printed = run_here('train_a2.py', a2_config, f'--out_dir={tmp_path}', '--epoch_samples=8',
-                          f'--replay_jsonl={tiny}/text/train.jsonl', '--replay_share=0.5')
+                          f'--replay_jsonl={tmp_path}/replay.jsonl', '--replay_share=0.5')
+    assert f'2 of {len(texts.splitlines())} texts to replay are cut at max_seq_len = 320\n' in printed
     without, with_replay = [int(re.search(r'(\d+) examples to train on', p)[1]) for p in (a2_run.printed, printed)]
     assert with_replay == 2 * without
 
@@ -55,10 +59,15 @@ def test_a_run_that_ruins_the_text_fails_the_text_gate(a2_run):
     assert a2_run.code == 1 and gate['value'] > 0.02 and not gate['passed']
 
 
-def test_lora_outside_the_layers_fails_its_gate(a2_config, tmp_path):
-    code, _ = run_here('train_a2.py', a2_config, f'--out_dir={tmp_path}', '--epoch_samples=8',
-                       r'--lora_targets=lm_head|model\.layers\.0\.self_attn\.q_proj')
+def test_lora_outside_the_layers_ends_the_run_before_the_first_step(a2_config, tmp_path):
+    command = ('train_a2.py', a2_config, f'--out_dir={tmp_path}', '--epoch_samples=8',
+               r'--lora_targets=lm_head|model\.layers\.0\.self_attn\.q_proj')
     name = "LoRA weights outside the language model's layers"
+    code, _ = run_here(*command)
+    assert code.startswith(f'this run would fail at its end by "{name}": 2, wanted = 0: set lora_targets')
+    assert not (tmp_path / 'log.jsonl').exists()
+    code, printed = run_here(*command, '--allow_failed_gates=True')
+    assert 'it goes on, since allow_failed_gates = True' in printed
     assert code == 1 and name in failed_gates(tmp_path)
     assert read_gates(tmp_path)[name]['value'] == 2    # lora_A and lora_B of the head
 

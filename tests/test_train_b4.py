@@ -108,6 +108,15 @@ def test_shuffled_captions_fail_the_prompt_ablation_and_reading_and_text_get_wor
     assert code == 1 and ANOTHER | regressions <= failed_gates(tmp_path / 'out')
 
 
+def test_long_texts_to_replay_are_cut_and_no_truncated_samples(b4_config, colours, tmp_path):
+    text = (colours / 'pictures' / 'text.jsonl').read_text()
+    (tmp_path / 'replay.jsonl').write_text(text + 9 * (json.dumps({'text': 80 * ' red'}) + '\n'))
+    _, printed = run_with_stubs('train_b4.py', b4_config, f'--out_dir={tmp_path}/out', '--epoch_samples=20',
+                                f'--replay_jsonl={tmp_path}/replay.jsonl', '--n_predictions=2', '--guidance=(1.0,)')
+    assert '9 of 21 texts to replay are cut at max_seq_len = 64\n' in printed
+    assert read_gates(tmp_path / 'out')['share of truncated samples']['passed']
+
+
 def test_full_tuning_trains_the_layers_goes_on_and_exports_a_whole_model(b4_config, tmp_path):
     out = tmp_path / 'out'
     command = ('train_b4.py', b4_config, f'--out_dir={out}', '--full_tune=True', '--lora_learning_rate=1e-3',
