@@ -1,7 +1,9 @@
 """
-Lists of samples as people's programs write them, JSON and JSONL, and what is in them: ids, texts, chats, image paths.
+Lists of samples as people's programs write them, JSON, JSONL and CSV, and what is in them: ids, texts, chats, image
+paths.
 """
 import codecs
+import csv
 import io
 import json
 import os
@@ -9,12 +11,13 @@ import re
 import stat
 from collections import Counter
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 from media import BadSample
 
 # -----------------------------------------------------------------------------
-# lists: JSON and JSONL as people's programs write them
+# lists: JSON, JSONL and CSV as people's programs write them
 
 
 def parse_json(text):
@@ -109,6 +112,42 @@ def json_lines(file, path):
             except (ValueError, RecursionError) as e:
                 value = BadSample(f'{where}: not valid JSON: {e}')
             yield where, value
+
+
+def read_csv(path, wanted):
+    """(its columns, [(where, {column: cell})] of its rows) of a CSV whose first line names the columns; a row with more
+    or fewer cells is a BadSample. wanted: the columns in words, for the line when it is no CSV of them."""
+    records = []
+    n = 1                                              # a quoted cell may have line feeds: n is a row's first line
+    try:
+        with open(path, newline='', encoding='utf-8-sig') as f:
+            rows = csv.reader(f, strict=True)
+            columns = [name.strip() for name in next(rows, [])]
+            while columns and not columns[-1]:         # some programs end lines with commas
+                columns.pop()
+            n = rows.line_num + 1
+            for cells in rows:
+                if cells:
+                    records.append((f'{path}:{n}', csv_record(columns, cells, f'{path}:{n}')))
+                n = rows.line_num + 1
+    except OSError as e:
+        raise SystemExit(f'{path}: cannot read these captions ({e.strerror}); is the path right?')
+    except (csv.Error, ValueError) as e:               # a quote that nothing closes would swallow what follows
+        raise SystemExit(f'{path}:{n}: not a CSV of {wanted} ({e})')
+    if len(columns) == 1 and re.search('[\t;|]', columns[0]):
+        raise SystemExit(f'{path}: its first line is {columns[0]!r}, wanted {wanted} with commas between them')
+    twice = [name for name, times in Counter(columns).items() if times > 1]
+    if twice:
+        raise SystemExit(f'{path}: column {twice[0]!r} stands twice in its first line')
+    return columns, records
+
+
+def csv_record(columns, cells, where):
+    """{column: cell}, or the BadSample of a row that has other cells than the columns."""
+    n_filled = max((n for n, cell in enumerate(cells, 1) if cell.strip()), default=0)
+    if len(cells) < len(columns) or n_filled > len(columns):
+        return BadSample(f'{where}: {len(cells)} cells for {len(columns)} columns; a text with commas stands in quotes')
+    return dict(zip(columns, cells))
 
 
 def shown(value):
@@ -282,14 +321,14 @@ def llava_items(path, root, bad_samples, captions=False, max_images=1):
 
 
 def is_json_lines(file):
-    """Whether the first line that is not blank is an object; the ending of the name does not tell. Reads nothing."""
+    """Whether one of the first lines is an object, and they are not those of a list; the ending of the name does not
+    tell, and a line may be damaged. Reads nothing."""
     start = file.tell()
-    line = b'\n'
-    while line and not line.strip():
-        line = file.readline(1 << 26)                  # a list without a line feed is a line too
+    lines = iter(lambda: file.readline(1 << 26), b'')  # a list without a line feed is a line too
+    first_lines = list(islice(filter(None, map(bytes.strip, lines)), 4))
     file.seek(start)
-    line = line.strip()
-    return line[:1] == b'{' and line[-1:] == b'}'
+    is_list = bool(first_lines) and first_lines[0].startswith(b'[')
+    return not is_list and any(line[:1] == b'{' and line[-1:] == b'}' for line in first_lines)
 
 
 def read_llava_item(record, id, where, root, captions, max_images):

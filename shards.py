@@ -2,7 +2,6 @@
 Tokenized shards: captioned media as lists name them, the shards that stage B2 makes of them, their examples for the
 tasks of Track B, and mixtures of tasks.
 """
-import csv
 import hashlib
 import os
 from collections.abc import Callable, Sequence
@@ -19,7 +18,8 @@ from safetensors import safe_open
 from common import barrier, gather_in_order, rank_of, read_sealed, sha256_file, write_atomic, write_sealed
 from data import shuffled_index
 from examples import NO_IMAGES, Example
-from lists import json_lines, path_inside, read_list, read_records, read_text_lines, require_text
+from lists import (
+    UniqueIds, json_lines, path_inside, read_csv, read_list, read_records, read_text_lines, require_text)
 from media import BadSample
 from templates import ChatTemplate
 from uti import TASKS, TokenSpace, tokenizer_sha256
@@ -60,22 +60,21 @@ def read_manifest_record(record, id, where, root):
 def read_sound_folder(folder, captions_csv, bad_samples):
     """Captions as Clotho has them, a CSV of file_name, caption_1, caption_2, ..., for sounds in a folder ->
     [CaptionedMedia], one for each caption."""
-    try:
-        with open(captions_csv, newline='', encoding='utf-8-sig') as f:
-            records = list(csv.DictReader(f))
-    except OSError as e:
-        raise SystemExit(f'{captions_csv}: cannot read these captions ({e.strerror}); is the path right?')
-    except (csv.Error, ValueError) as e:
-        raise SystemExit(f'{captions_csv}: not a CSV of file_name, caption_1, ... ({e})')
+    wanted = 'columns file_name, caption_1, ...'
+    columns, records = read_csv(captions_csv, wanted)
+    caption_columns = [name for name in columns if name.startswith('caption')]
+    if 'file_name' not in columns or not caption_columns:
+        raise SystemExit(f'{captions_csv}: wanted {wanted}, found {", ".join(columns) or "nothing"}')
+    if not records:
+        raise SystemExit(f'{captions_csv}: no captions in it')
+    unique = UniqueIds()
     found = []
-    for n, record in enumerate(records, 2):            # the first line names the columns
-        where = f'{captions_csv}:{n}'
-        columns = [name for name in record if name and name.startswith('caption')]
-        if 'file_name' not in record or not columns:
-            raise SystemExit(f'{captions_csv}: wanted columns file_name, caption_1, ..., found '
-                             f'{", ".join(map(str, record))}')
-        for column in columns:                         # each caption is an item of its own
-            id = f'{record["file_name"]}#{column}'
+    for where, record in records:
+        if isinstance(record, BadSample):
+            bad_samples.add(where, record)
+            continue
+        for column in caption_columns:                 # each caption is an item of its own
+            id = unique(f'{record["file_name"]}#{column}')
             try:
                 file = path_inside(folder, record['file_name'], where, 'audio')
                 text = require_text(record[column], where)

@@ -258,6 +258,9 @@ def test_audiocaps_wants_its_columns_and_clips_inside_out_dir(tmp_path):
     make_captions(tmp_path / 'train.csv', [])
     (tmp_path / 'out').mkdir()
     assert 'wanted a folder inside' in convert(tmp_path / 'train.csv', tmp_path / 'out', f'--clips={tmp_path}')[0]
+    (tmp_path / 'train.csv').write_text('youtube_id,caption\nabc,A bell, twice\n')
+    code, _ = convert(tmp_path / 'train.csv', tmp_path, f'--clips={tmp_path}')
+    assert 'train.csv:2: 3 cells for 2 columns' in code
     (tmp_path / 'train.csv').write_text('file_name,caption_1\na.wav,x\n')
     code, _ = convert(tmp_path / 'train.csv', tmp_path, f'--clips={tmp_path}')
     assert 'wanted columns youtube_id and caption, found file_name' in code

@@ -103,6 +103,15 @@ def test_an_id_that_comes_again_gets_a_number_and_so_does_a_sample_without_one(t
     assert json.loads((tmp_path / 'bad_samples.jsonl').read_text())['id'] == 'a#2'
 
 
+@pytest.mark.parametrize('first', ['{"id": "0", "image": ', 'age": "a.png"}', '"id"', 'null', '{"id"\n{"id"\n]'])
+def test_a_damaged_first_line_of_jsonl_is_left_out_as_any_other(tmp_path, first):
+    n_bad = len(first.splitlines())
+    (tmp_path / 'data.json').write_text(f'{first}\n{json.dumps(record())}\n')
+    found = read_llava(tmp_path / 'data.json', tmp_path, BadSamples(tmp_path / 'bad_samples.jsonl', n_bad))
+    assert [item.id for item in found] == [record()['id']]
+    assert f'{tmp_path}/data.json:1' in (tmp_path / 'bad_samples.jsonl').read_text()
+
+
 @pytest.mark.parametrize('sample, says', [
     (record(image='x/../../a.png'), 'leaves the image root'),
     (record(image='/etc/passwd'), 'leaves the image root'),

@@ -4,7 +4,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import damage, on_two_ranks, run_here
+from conftest import damage, on_two_ranks, read_lines, run_here
 from safetensors import safe_open
 from test_common import no_file_larger_than
 from test_data import TEXT_ONLY, Letters, one_line
@@ -67,6 +67,40 @@ def test_a_folder_of_sounds_with_captions_as_clotho_has_them(tmp_path):
     (tmp_path / 'c.csv').write_text('file,text\na.wav,x\n')
     with pytest.raises(SystemExit, match='wanted columns file_name, caption_1, ..., found file, text'):
         read_sound_folder(tmp_path, tmp_path / 'c.csv', None)
+
+
+HEAD = 'file_name,caption_1\n'
+
+
+@pytest.mark.parametrize('content, texts, reasons', [
+    (HEAD + 'a.wav,a dog, barking\nb.wav,rain\n', ['rain'], ['c.csv:2: 3 cells for 2 columns; a text with commas']),
+    (HEAD + 'a.wav,rain\nb.wav\n', ['rain'], ['c.csv:3: 1 cells for 2 columns']),
+    (HEAD + 'a.wav,"a dog\nbarks"\n../b.wav,rain\n', ['a dog\nbarks'], ["c.csv:4: audio '../b.wav' leaves"]),
+    (HEAD + 'a.wav,rain,,\n\nb.wav,a dog\n', ['rain', 'a dog'], []),                       # commas at the ends of lines
+    ('file_name, caption_1,,\r\na.wav,rain\r\n', ['rain'], []),
+    (HEAD + 'a.wav,rain\na.wav,a dog\n', ['rain', 'a dog'], [])])
+def test_a_row_with_other_cells_than_columns_is_a_bad_sample(tmp_path, content, texts, reasons):
+    (tmp_path / 'c.csv').write_text(content, newline='')
+    found = read_sound_folder(tmp_path, tmp_path / 'c.csv', BadSamples(tmp_path / 'bad.jsonl', 1))
+    assert [media.text for media in found] == texts and len({media.id for media in found}) == len(found)
+    bad = tmp_path / 'bad.jsonl'
+    listed = read_lines(bad) if bad.exists() else []
+    assert len(listed) == len(reasons) and all(reason in line['reason'] for reason, line in zip(reasons, listed))
+
+
+@pytest.mark.parametrize('content, says', [
+    (HEAD.replace(',', '\t') + 'a.wav\train\n', "first line is 'file_name\\\\tcaption_1', wanted .* with commas"),
+    (HEAD.replace(',', ';') + 'a.wav;rain\n', 'with commas between them'),
+    ('file_name,caption_1,caption_1\na.wav,a,b\n', "column 'caption_1' stands twice"),
+    (HEAD + 'a.wav,rain\nb.wav,"a dog\nc.wav,wind\n', 'c.csv:3: not a CSV of columns file_name'),
+    (HEAD + 'a.wav,"a "dog""\n', 'c.csv:2: not a CSV of columns file_name'),
+    (HEAD, 'no captions in it'),
+    ('', 'wanted columns file_name, caption_1, ..., found nothing')])
+def test_what_is_no_csv_of_captions_ends_with_one_line(tmp_path, content, says):
+    (tmp_path / 'c.csv').write_text(content)
+    with pytest.raises(SystemExit, match=says) as e:
+        read_sound_folder(tmp_path, tmp_path / 'c.csv', BadSamples(tmp_path / 'bad.jsonl', 9))
+    assert '\n' not in e.value.code
 
 
 # -----------------------------------------------------------------------------

@@ -13,7 +13,6 @@ $ python -m tools.convert --source=data/AudioCaps/train.csv --clips=data/AudioCa
 
 Pictures keep their bytes, a file each, and are decoded to their end here. A shard's records are in memory, no more.
 """
-import csv
 import io
 import json
 import os
@@ -26,7 +25,7 @@ from PIL import Image
 
 from common import flush_files, lock_run, one_line_io_errors, progress, read_sealed, write_atomic, write_sealed
 from configure import configure
-from lists import id_of, parse_json, place_images, read_turns, require_text, shown
+from lists import id_of, parse_json, place_images, read_csv, read_turns, require_text, shown
 from media import IMAGE_FORMATS, BadSample, BadSamples, read_image
 
 IMAGE_COLUMNS = ('image', 'images', 'jpg', 'jpeg', 'png', 'webp')
@@ -253,22 +252,21 @@ def convert_audiocaps(path, clips, out, max_bad_samples):
     (out / 'bad_samples.jsonl').unlink(missing_ok=True)
     bad_samples = BadSamples(out / 'bad_samples.jsonl', max_bad_samples)
     lines = []
-    try:
-        with open(path, newline='', encoding='utf-8-sig') as f:
-            rows = list(csv.DictReader(f))
-    except (OSError, ValueError, csv.Error) as e:
-        raise SystemExit(f'{path}: cannot read these captions ({e})')
-    for n, row in enumerate(rows, 2):                  # the first line names the columns
-        if row.get('youtube_id') is None or 'caption' not in row:
-            raise SystemExit(f'{path}:{n}: wanted columns youtube_id and caption, found {", ".join(map(str, row))}')
+    columns, rows = read_csv(path, wanted='columns youtube_id and caption')
+    if not {'youtube_id', 'caption'} <= set(columns):
+        raise SystemExit(f'{path}: wanted columns youtube_id and caption, found {", ".join(columns) or "nothing"}')
+    for n, (where, row) in enumerate(rows, 2):         # the first line names the columns
+        if isinstance(row, BadSample):
+            bad_samples.add(where, row)
+            continue
         id = row.get('audiocap_id') or str(n)
         youtube = row['youtube_id']
         names = (youtube, f'Y{youtube}', f'{youtube}_{row.get("start_time")}')         # as downloaders call them
         file = next((found[name] for name in names if name in found), None)
         try:
             if file is None:
-                raise BadSample(f'{path}:{n}: no clip {youtube} in {clips}')
-            text = require_text(row['caption'], f'{path}:{n}').strip()
+                raise BadSample(f'{where}: no clip {youtube} in {clips}')
+            text = require_text(row['caption'], where).strip()
             audio = file.resolve().relative_to(out.resolve()).as_posix()
             lines.append({'id': id, 'source': 'AudioCaps', 'audio': audio, 'text': text})
         except BadSample as e:
