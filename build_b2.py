@@ -35,6 +35,7 @@ from plan import Captions, Media, hash_media, read_planned, take_shards, write_p
 from shards import (
     SPLITS, Caption, CaptionedMedia, Medium, Records, check_shard, check_shards, read_index, read_manifest,
     read_sound_folder, token_example, write_shard)
+from training import require_not_negative, require_positive, require_share
 from uti import TASKS, UTI, Grammar, TokenSpace
 from watch import wait_at_most
 
@@ -78,8 +79,12 @@ config = configure(globals(), required=('audit_dir', 'llm'))
 for name in 'shard_media', 'batch_size', 'workers':
     if config[name] < 1:
         raise SystemExit(f'{name} = {config[name]}: wanted at least 1')
-if not timeout > 0:
-    raise SystemExit(f'timeout = {timeout}: wanted more than 0')
+require_positive(config, 'timeout', 'max_seq_len', 'n_checked')
+require_not_negative(config, 'n_golden', 'n_eval')
+require_share(config, 'eval_share')
+for path in manifests:
+    if type(path) is not str:
+        raise SystemExit(f'manifests = {manifests}: {path!r} is no path of a file')
 rank, world_size, device = init_ranks(device)
 out = Path(out_dir)
 if rank == 0:

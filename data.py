@@ -186,7 +186,7 @@ def load_split(examples, path, n_eval):
     train_set = Chosen((examples, kept)) if isinstance(examples, Examples) else [examples[i] for i in kept]
     eval_set = [examples[places[id]] for id in chosen['eval']]
     golden_set = [examples[places[id]] for id in chosen['golden']]
-    if not train_set or len(eval_set) < 8:
+    if not train_set or len(eval_set) < 8:     # as many as gates.clears asks
         raise SystemExit(f'{len(examples)} samples leave {len(train_set)} to train on and {len(eval_set)} of {n_eval} '
                          'to evaluate on: add data or lower n_eval and n_golden')
     return train_set, eval_set, golden_set, chosen['edges']

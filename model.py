@@ -115,6 +115,10 @@ def image_settings(path):
         raise SystemExit(f'{file}: size is {size}, but the tower takes {side} x {side} pixels; restore its processor')
     if False in (stored.get('do_resize'), stored.get('do_rescale'), stored.get('do_normalize')):
         raise SystemExit(f'{file}: wanted a processor that resizes, rescales and normalises')
+    factor = stored.get('rescale_factor', 1 / 255)     # Tower takes pixels from 0 to 255 to 0 to 1 before mean and std
+    if type(factor) not in (int, float) or abs(255 * factor - 1) > 1e-3 or stored.get('rescale_offset'):
+        raise SystemExit(f'{file}: rescale_factor is {factor!r}, wanted 1 / 255 and no rescale_offset: restore the '
+                         'processor, or take another tower')
     wanted = {'image_mean': 3, 'image_std': 3, 'resample': 1}          # numbers
     for name, n in wanted.items():
         values = stored.get(name)

@@ -32,8 +32,8 @@ from model import cache_features, image_reading, image_settings, load_vlm
 from sharding import shard_layers, step_together
 from training import (
     Log, Meter, StopSignal, check_resumable, check_same_data, check_same_parts, clip_gradients, frozen_sha256,
-    grad_norms, measure_epoch, names_with_gradient, open_run, parameter_groups, require_not_negative,
-    require_positive, require_share, stop_if_eval_not_finite, stop_if_not_finite, tensorboard_writer, write_status)
+    grad_norms, measure_epoch, names_with_gradient, open_run, parameter_groups, require_not_negative, require_positive,
+    require_share, require_split, stop_if_eval_not_finite, stop_if_not_finite, tensorboard_writer, write_status)
 from watch import wait_at_most
 
 # -----------------------------------------------------------------------------
@@ -112,7 +112,9 @@ require_positive(config, 'max_seq_len', 'micro_batch_size', 'global_batch_size',
                  'epochs', 'epoch_minutes', 'eval_time_share', 'save_minutes', 'n_eval', 'n_golden', 'n_golden_between',
                  'max_new_tokens', 'log_every', 'workers', 'n_retrieval', 'num_image_tokens', 'connector_width',
                  'connector_depth', 'connector_heads', 'timeout')
-require_not_negative(config, 'epoch_samples', 'n_steps', 'eval_every')
+require_not_negative(config, 'epoch_samples', 'n_steps', 'eval_every', 'seed', 'weight_decay', 'n_predictions',
+                     'feature_cache_gb')
+require_split(config)
 require_share(config, 'warmup_frac', 'min_lr_frac', 'eval_time_share', 'gate_truncated')
 if connector_width % connector_heads or connector_width % 4:
     raise SystemExit(f'connector_width = {connector_width}, connector_heads = {connector_heads}: wanted a multiple of '
@@ -122,7 +124,7 @@ if connector_width % connector_heads or connector_width % 4:
 rank, world_size, device = init_ranks(device, deterministic)
 dtype = frozen_dtype(dtype, device)
 out, resume = open_run(out_dir, resume, rank)
-stop = StopSignal(save_minutes)
+stop = StopSignal(save_minutes, is_resumed=resume)
 board = tensorboard_writer(tensorboard)
 
 # data: items become examples, examples are held out or trained on
@@ -281,7 +283,7 @@ if rank == 0:
           f'--eval_every={eval_every}')
 
 # the loop
-log = Log(out / 'log.jsonl', step if resume else None, active=rank == 0, writer=board)
+log = Log(out / 'log.jsonl', step if resume else None, evaluated, active=rank == 0, writer=board)
 if not resume:
     log.write('run', stage='a1', settings=config, n_steps=n_steps, epoch_samples=epoch_samples, world_size=world_size,
               eval_every=eval_every, trainable=sum(p.numel() for p in trainable.values()),

@@ -39,8 +39,8 @@ from model import cache_features, image_reading, image_settings, load_vlm
 from sharding import shard_layers, step_together
 from training import (
     Log, Meter, StopSignal, check_resumable, check_same_data, check_same_parts, clip_gradients, frozen_sha256,
-    grad_norms, measure_epoch, names_with_gradient, open_run, parameter_groups, require_not_negative,
-    require_positive, require_share, stop_if_eval_not_finite, stop_if_not_finite, tensorboard_writer, write_status)
+    grad_norms, measure_epoch, names_with_gradient, open_run, parameter_groups, require_not_negative, require_positive,
+    require_share, require_split, stop_if_eval_not_finite, stop_if_not_finite, tensorboard_writer, write_status)
 from watch import wait_at_most
 
 # -----------------------------------------------------------------------------
@@ -125,7 +125,9 @@ require_positive(config, 'max_seq_len', 'micro_batch_size', 'global_batch_size',
                  'epochs', 'epoch_minutes', 'eval_time_share', 'save_minutes', 'n_eval', 'n_golden', 'n_golden_between',
                  'max_new_tokens', 'log_every', 'workers', 'n_text', 'n_retrieval', 'lora_r', 'lora_alpha',
                  'lora_learning_rate', 'timeout', 'max_images')
-require_not_negative(config, 'epoch_samples', 'n_steps', 'eval_every')
+require_not_negative(config, 'epoch_samples', 'n_steps', 'eval_every', 'seed', 'weight_decay', 'n_predictions',
+                     'feature_cache_gb')
+require_split(config)
 require_share(config, 'warmup_frac', 'min_lr_frac', 'eval_time_share', 'gate_truncated', 'lora_dropout', 'replay_share')
 if replay_share == 1:
     raise SystemExit('replay_share = 1: wanted less, there have to be chats beside the replayed text')
@@ -134,7 +136,7 @@ if replay_share == 1:
 rank, world_size, device = init_ranks(device, deterministic)
 dtype = frozen_dtype(dtype, device)
 out, resume = open_run(out_dir, resume, rank)
-stop = StopSignal(save_minutes)
+stop = StopSignal(save_minutes, is_resumed=resume)
 board = tensorboard_writer(tensorboard)
 
 # the aligned model, then the data: items become examples, examples are held out or trained on
@@ -184,7 +186,7 @@ gates.end_doomed([gates.lora_gate(names), gates.declared_gate(declared, trainabl
 frozen_before = frozen_sha256(model, trainable)
 if frozen_before != align_meta['frozen_sha256']:
     raise SystemExit(f'{align_dir} was aligned to other weights than those of {model_args["llm"]} and '
-                     f'{model_args["vision"]} today: restore them, or align again')
+                     f'{model_args["vision"]} today, or in another dtype: restore them, set dtype, or align again')
 if shard:                                              # after the hash: from here on each rank has a part
     shard_layers(model.llm, device)
     model.to(device)
@@ -323,7 +325,7 @@ if rank == 0:
           f'--eval_every={eval_every}')
 
 # the loop
-log = Log(out / 'log.jsonl', step if resume else None, active=rank == 0, writer=board)
+log = Log(out / 'log.jsonl', step if resume else None, evaluated, active=rank == 0, writer=board)
 if not resume:
     log.write('run', stage='a2', settings=config, n_steps=n_steps, epoch_samples=epoch_samples, world_size=world_size,
               eval_every=eval_every, trainable=sum(p.numel() for p in trainable.values()),

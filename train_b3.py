@@ -32,8 +32,8 @@ from token_model import (
     complete_task, crossed_losses, example_sums, export_difference, export_stock, load_token_model, matching_keys,
     random_media, predictions_of, save_new_rows, shuffled_media, text_difference, training_bytes, write_completions)
 from training import (
-    Log, Meter, StopSignal, check_resumable, check_same_data, clip_gradients, frozen_sha256, grad_norms,
-    measure_epoch, names_with_gradient, open_run, parameter_groups, require_not_negative, require_positive,
+    Log, Meter, StopSignal, check_resumable, check_same_data, clip_gradients, frozen_sha256, grad_norms, measure_epoch,
+    names_with_gradient, open_run, parameter_groups, require_not_negative, require_numbers, require_positive,
     require_share, stop_if_eval_not_finite, stop_if_not_finite, tensorboard_writer, write_status)
 from uti import TASKS, UTI, Grammar, TokenSpace
 from watch import wait_at_most
@@ -111,14 +111,16 @@ config = configure(globals(), required=('shards_dir', 'llm', 'text_jsonl'))
 require_positive(config, 'max_seq_len', 'micro_batch_size', 'global_batch_size', 'learning_rate', 'grad_clip',
                  'epochs', 'epoch_minutes', 'eval_time_share', 'save_minutes', 'n_eval', 'n_golden', 'n_golden_between',
                  'max_new_tokens', 'log_every', 'n_text', 'n_retrieval', 'timeout')
-require_not_negative(config, 'epoch_samples', 'n_steps', 'eval_every')
+require_not_negative(config, 'epoch_samples', 'n_steps', 'eval_every', 'seed', 'weight_decay', 'new_rows_noise',
+                     'temperature', 'guidance')
+require_numbers(config, 'task_weights')
 require_share(config, 'warmup_frac', 'min_lr_frac', 'eval_time_share', 'gate_truncated')
 
 # ranks and the run's folder
 rank, world_size, device = init_ranks(device, deterministic)
 dtype = frozen_dtype(dtype, device)
 out, resume = open_run(out_dir, resume, rank)
-stop = StopSignal(save_minutes)
+stop = StopSignal(save_minutes, is_resumed=resume)
 board = tensorboard_writer(tensorboard)
 
 # data: the items of the shards become examples of each task
@@ -329,7 +331,7 @@ if rank == 0:
           f'--eval_every={eval_every}')
 
 # the loop
-log = Log(out / 'log.jsonl', step if resume else None, active=rank == 0, writer=board)
+log = Log(out / 'log.jsonl', step if resume else None, evaluated, active=rank == 0, writer=board)
 if not resume:
     log.write('run', stage='b3', settings=config, n_steps=n_steps, epoch_samples=epoch_samples, world_size=world_size,
               eval_every=eval_every, trainable=sum(p.numel() for p in trainable.values()), token_space=space.sha256,

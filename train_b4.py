@@ -36,8 +36,8 @@ from token_model import (
     complete_task, crossed_losses, example_sums, export_stock, load_new_rows, load_token_model, matching_keys,
     random_media, predictions_of, save_new_rows, shuffled_media, shuffled_prompts, write_completions)
 from training import (
-    Log, Meter, StopSignal, check_resumable, check_same_data, clip_gradients, frozen_sha256, grad_norms,
-    measure_epoch, names_with_gradient, open_run, parameter_groups, require_not_negative, require_positive,
+    Log, Meter, StopSignal, check_resumable, check_same_data, clip_gradients, frozen_sha256, grad_norms, measure_epoch,
+    names_with_gradient, open_run, parameter_groups, require_not_negative, require_numbers, require_positive,
     require_share, stop_if_eval_not_finite, stop_if_not_finite, tensorboard_writer, write_status)
 from uti import TASKS, UTI, Grammar, TokenSpace
 from watch import wait_at_most
@@ -136,7 +136,8 @@ require_positive(config, 'max_seq_len', 'micro_batch_size', 'global_batch_size',
                  'epochs', 'epoch_minutes', 'eval_time_share', 'save_minutes', 'n_eval', 'n_golden', 'n_golden_between',
                  'max_new_tokens', 'log_every', 'n_text', 'n_retrieval', 'n_predictions', 'lora_r', 'lora_alpha',
                  'lora_learning_rate', 'timeout')
-require_not_negative(config, 'epoch_samples', 'n_steps', 'eval_every')
+require_not_negative(config, 'epoch_samples', 'n_steps', 'eval_every', 'seed', 'weight_decay', 'temperature')
+require_numbers(config, 'task_weights', 'task_weights_start', 'guidance')
 require_share(config, 'warmup_frac', 'min_lr_frac', 'eval_time_share', 'gate_truncated', 'lora_dropout', 'replay_share',
               'prompt_dropout', 'ramp_frac')
 if not 0 <= prompt_dropout < 1 or not 0 <= replay_share < 1 or not guidance:
@@ -147,7 +148,7 @@ if not 0 <= prompt_dropout < 1 or not 0 <= replay_share < 1 or not guidance:
 rank, world_size, device = init_ranks(device, deterministic)
 dtype = frozen_dtype(dtype, device)
 out, resume = open_run(out_dir, resume, rank)
-stop = StopSignal(save_minutes)
+stop = StopSignal(save_minutes, is_resumed=resume)
 board = tensorboard_writer(tensorboard)
 
 # the B3 run, then the data: the items of the shards become examples of each task
@@ -204,7 +205,7 @@ model = load_token_model(**model_args, space=space, dtype=dtype, device='cpu' if
 base_sha256 = frozen_sha256(model, {'new_in', 'new_out'})
 if load_new_rows(model, new_rows_dir)['base_sha256'] != base_sha256:
     raise SystemExit(f'{new_rows_dir} was made on other weights than those of {llm} today, or in another dtype: '
-                     'restore them, or run B3 again')
+                     'restore them, set dtype, or run B3 again')
 if full_tune:
     for part in model.llm.base_model.layers, model.llm.base_model.norm:
         part.float().requires_grad_(True)              # in float32: these weights are their own masters
@@ -415,7 +416,7 @@ if rank == 0:
 
 # the loop
 eval_first = True              # no setting here: two gates compare with it
-log = Log(out / 'log.jsonl', step if resume else None, active=rank == 0, writer=board)
+log = Log(out / 'log.jsonl', step if resume else None, evaluated, active=rank == 0, writer=board)
 if not resume:
     log.write('run', stage='b4', settings=config, n_steps=n_steps, epoch_samples=epoch_samples, world_size=world_size,
               eval_every=eval_every, trainable=sum(p.numel() for p in trainable.values()), token_space=space.sha256,

@@ -49,15 +49,17 @@ def write_status(out, state, step, n_steps):
 class StopSignal:
     """True once SIGTERM or Ctrl-C has come; the loop then saves and leaves. A second Ctrl-C ends at once.
 
-    Before it is first asked there is nothing to save: a signal ends the run at once. Between two batches of an
+    Before it is first asked there is nothing to save: a signal ends the run at once; is_resumed: there is a checkpoint,
+    which that leaves as it is. Between two batches of an
     evaluation it is asked too, and calls `leave_evaluation`, which saves and leaves.
 
     It also tells, since the ranks hear of each other here, when the last checkpoint is save_minutes old: save_is_due.
     """
     LOOK_SECONDS = 2.0                                 # between two looks at the other ranks: a stop takes ten at most
 
-    def __init__(self, save_minutes=math.inf, clock=time.monotonic):
+    def __init__(self, save_minutes=math.inf, is_resumed=False, clock=time.monotonic):
         self.save_seconds = 60 * save_minutes
+        self.is_resumed = is_resumed
         self.save_is_due = False                       # of the step that before_step was asked about
         self.clock = clock
         self.looked_at = self.saved_at = clock()
@@ -111,7 +113,8 @@ class StopSignal:
         """saved: whether there is a checkpoint of this step."""
         name = self.name or 'another rank'
         if not saved:
-            raise SystemExit(f'{name} stopped this run before its first step: nothing was saved')
+            left = 'its checkpoint is as it was, go on with --resume=True' if self.is_resumed else 'nothing was saved'
+            raise SystemExit(f'{name} stopped this run before its first step: {left}')
         raise SystemExit(f'{name} stopped this run: saved at step {step}, go on with --resume=True')
 
 
@@ -131,7 +134,7 @@ def check_resumable(meta, settings, frozen_sha256, folder):
             raise SystemExit(f'{folder} has {key} = {had!r}, this run has {settings.get(key)!r}: cannot resume')
     if meta['frozen_sha256'] != frozen_sha256:
         raise SystemExit(f'{folder} was trained on other frozen weights (sha256 {meta["frozen_sha256"][:12]}, '
-                         f'this run has {frozen_sha256[:12]}): cannot resume')
+                         f'this run has {frozen_sha256[:12]}), or in another dtype: cannot resume')
 
 
 def check_same_data(meta, data, folder):
@@ -175,15 +178,17 @@ def tensorboard_writer(wanted):
 
 
 class Log:
-    """out_dir/log.jsonl, one JSON object a line. On resume the records after the checkpoint's step are dropped, so that
-    the log of a resumed run has the lines of an uninterrupted one.
+    """out_dir/log.jsonl, one JSON object a line. On resume the records after the checkpoint's step are dropped, and
+    unless `evaluated` the evaluation of that step, which comes again, so that the log of a resumed run has the lines of
+    an uninterrupted one.
 
     writer: of tensorboard_writer; the numbers of step and eval records then go to out_dir/tensorboard too.
     """
-    def __init__(self, path, resume_step=None, active=True, writer=None):
+    def __init__(self, path, resume_step=None, evaluated=True, active=True, writer=None):
         self.path = Path(path)
         self.active = active
         self.board = None
+        self.on_board = set()                          # (kind, step) of dropped evaluations, which it has already
         if not active:
             return
         if writer is not None:
@@ -196,14 +201,18 @@ class Log:
             self.board = writer(str(folder), purge_step=purge_step)
         kept = []
         if resume_step is not None and self.path.exists():
-            kept = lines_until(self.path, resume_step)
+            for line, kind, step in lines_until(self.path, resume_step):
+                if kind == 'eval' and step == resume_step and not evaluated:
+                    self.on_board.add((kind, step))
+                else:
+                    kept.append(line)
         write_atomic(self.path, b''.join(kept))
 
     def write(self, kind, **record):
         if self.active:
             with one_line_io_errors(self.path), open(self.path, 'a') as f:
                 f.write(json.dumps({'kind': kind, **record}) + '\n')
-        if self.board is not None and kind in ('step', 'eval'):
+        if self.board is not None and kind in ('step', 'eval') and (kind, record['step']) not in self.on_board:
             for name, value in record.items():
                 if name != 'step' and type(value) in (int, float):
                     self.board.add_scalar(f'{kind}/{name}', value, record['step'])
@@ -211,15 +220,15 @@ class Log:
 
 
 def lines_until(path, step):
-    """The lines of a log whose records are not from after the step; exits with one line when one is damaged. A kill can
-    leave half a line at the end."""
+    """[(line, its kind, its step)] of a log's records that are not from after the step; exits with one line when one is
+    damaged. A kill can leave half a line at the end."""
     kept = []
     lines = path.read_bytes().splitlines(keepends=True)
     for n, line in enumerate(lines, 1):
         try:
             record = json.loads(line)
             if record['kind'] and record.get('step', 0) <= step:
-                kept.append(line.strip() + b'\n')
+                kept.append((line.strip() + b'\n', record['kind'], record.get('step', 0)))
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as e:
             if n < len(lines):
                 raise SystemExit(f'{path}:{n}: not a line of a log ({first_line(e)}); remove this line to go on')
@@ -264,7 +273,7 @@ class Meter:
         self.pause()
         seconds = self.seconds
         record = {                                     # tokens and samples were counted on this rank, labels on all
-            'window_loss': self.nats / self.labels,
+            'window_loss': self.nats / max(self.labels, 1),    # every picture of it may have been a bad one
             'tokens_per_s': all_sum(self.tokens) / seconds,
             'labels_per_s': self.labels / seconds,
             'samples_per_s': all_sum(self.samples) / seconds,
@@ -282,14 +291,33 @@ class Meter:
 
 def require_positive(config, *names):
     for name in names:
-        if not config[name] > 0:                       # NaN too
+        if not 0 < config[name] < math.inf:            # NaN, and 1e999, too
             raise SystemExit(f'{name} = {config[name]}: wanted more than 0')
 
 
 def require_not_negative(config, *names):
     for name in names:
-        if config[name] < 0:
+        if not 0 <= config[name] < math.inf:
             raise SystemExit(f'{name} = {config[name]}: wanted 0 or more')
+
+
+def require_numbers(config, *names):
+    """Of settings that hold several: {name: number} or (number, ...), none below 0."""
+    for name in names:
+        values = config[name].values() if isinstance(config[name], dict) else config[name]
+        for value in values:
+            if type(value) not in (int, float) or not 0 <= value < math.inf:
+                raise SystemExit(f'{name} = {config[name]}: {value!r} is no number of 0 or more')
+
+
+def require_split(config):
+    """n_eval is enough to judge by; bucket_edges are none, or the most labels of a short and of a medium example."""
+    if config['n_eval'] < 8:                           # as gates.clears asks
+        raise SystemExit(f'n_eval = {config["n_eval"]}: wanted 8 or more, on fewer nothing can be judged')
+    edges = config['bucket_edges']
+    are_numbers = all(type(edge) is int for edge in edges)
+    if edges and not (are_numbers and len(edges) == 2 and 0 < edges[0] < edges[1]):
+        raise SystemExit(f'bucket_edges = {edges}: wanted two rising whole numbers, or () for thirds of the data')
 
 
 def require_share(config, *names):

@@ -405,7 +405,8 @@ def test_ids_that_stand_in_several_lists_are_made_keys(build, world, tmp_path):
 @pytest.mark.parametrize('change, found', [
     ('--n_golden=40', 'of 40 golden; add data or change n_eval and n_golden'),
     ('--n_eval=27', '30 media files of audio: 0 to train on, 26 of 27 to evaluate on and 4 of 4 golden; add data'),
-    ('--batch_size=0', 'batch_size = 0: wanted at least 1'),
+    ('--batch_size=0', 'batch_size = 0: wanted at least 1'), ('--manifests=(3,)', '3 is no path of a file'),
+    ('--eval_share=2', 'wanted a share'),
     ('--manifests=("none.jsonl",)', 'none.jsonl: cannot read this manifest'),
     ('--audit_dir=none', 'none: no such folder; run the stage')])
 def test_bad_input_gets_one_line(build, tmp_path, change, found):

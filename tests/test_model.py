@@ -212,6 +212,8 @@ def test_the_processor_may_stand_in_processor_config_json(tiny, tmp_path):
     ('[]', 'found list'),
     ('{}', 'image_mean is None'),
     ({'image_std': [0.5]}, 'image_std is [0.5]'),
+    ({'rescale_factor': 1 / 127.5}, 'rescale_factor is 0.00784'), ({'rescale_factor': None}, 'rescale_factor is None'),
+    ({'rescale_offset': True}, 'no rescale_offset'),
     ({'resample': None}, 'resample is None'),
     ({'size': {'height': 64, 'width': 64}}, "size is {'height': 64, 'width': 64}, but the tower takes 32 x 32"),
     ({'size': {'shortest_edge': 16}}, "size is {'shortest_edge': 16}"),

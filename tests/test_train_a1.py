@@ -176,6 +176,8 @@ def test_a_loss_that_is_not_finite_stops_before_the_update_and_names_samples(a1_
     ('--llm=nowhere', 'nowhere: no Hugging Face model here'),
     ('--image_root=nowhere', 'cannot read this image'),
     ('--device=cuda', 'this machine shows no CUDA device'),
+    ('--seed=-1', 'seed = -1: wanted 0 or more'), ('--n_eval=4', 'n_eval = 4: wanted 8 or more'),
+    ('--bucket_edges=(5,10,20)', 'bucket_edges = (5, 10, 20): wanted two'),
     ('--epochs=-1', 'epochs = -1.0: wanted more than 0'), ('--connector_heads=3', 'wanted a multiple of the heads')])
 def test_bad_input_gets_one_line(a1_config, tmp_path, flag, found):
     code, _ = run_here('train_a1.py', a1_config, f'--out_dir={tmp_path}', flag)

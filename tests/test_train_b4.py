@@ -194,7 +194,9 @@ def test_four_ranks_share_what_one_has_saved_and_export_it_whole(b4_config, full
 @pytest.mark.parametrize('flag, found', [
     ('--new_rows_dir=nowhere', 'nowhere: no such folder'),
     ('--eval_first=False', "no setting is called 'eval_first'"),    # what two gates compare with is always measured
-    ('--prompt_dropout=1.0', 'wanted shares from 0 to below 1')])
+    ('--prompt_dropout=1.0', 'wanted shares from 0 to below 1'),
+    ("--task_weights={'i2t': '1'}", "'1' is no number of 0 or more"), ('--guidance=("2",)', "'2' is no number"),
+    ('--seed=-1', 'seed = -1: wanted 0 or more')])
 def test_bad_input_gets_one_line(b4_config, tmp_path, flag, found):
     code, _ = run_with_stubs('train_b4.py', b4_config, f'--out_dir={tmp_path}', flag)
     assert found in code and len(code.splitlines()) == 1

@@ -11,15 +11,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import REPO, assert_same_run, on_two_ranks, run_here
+from conftest import REPO, assert_same_run, on_two_ranks, read_lines, run_here
 from test_common import Clock, no_file_larger_than, results_on_two_ranks, refusal, save
 
 import training
 from common import BETWEEN_BATCHES, rank_parts
 from training import (
     Log, Meter, StopSignal, check_resumable, check_same_data, clip_gradients, frozen_sha256, grad_norms, measure_epoch,
-    names_with_gradient, open_run, parameter_groups, require_positive, require_share, stop_if_eval_not_finite,
-    stop_if_not_finite, tensorboard_writer, write_status)
+    names_with_gradient, open_run, parameter_groups, require_not_negative, require_numbers, require_positive,
+    require_share, require_split, stop_if_eval_not_finite, stop_if_not_finite, tensorboard_writer, write_status)
 from watch import WATCH
 
 # -----------------------------------------------------------------------------
@@ -49,7 +49,8 @@ def test_resuming_names_the_first_setting_that_differs_and_forgives_those_of_the
     assert refusal(check_resumable, meta, {**now, 'n_image': 16384, 'seed': 2}, 'a' * 64, folder='out/ckpt') == (
         'out/ckpt has n_image = 8192, this run has 16384: cannot resume')
     assert refusal(check_resumable, meta, now, 'b' * 64, folder='out/ckpt') == (
-        'out/ckpt was trained on other frozen weights (sha256 aaaaaaaaaaaa, this run has bbbbbbbbbbbb): cannot resume')
+        'out/ckpt was trained on other frozen weights (sha256 aaaaaaaaaaaa, this run has bbbbbbbbbbbb), '
+            'or in another dtype: cannot resume')
 
 
 def test_resuming_names_the_first_part_of_the_data_that_differs():
@@ -89,6 +90,9 @@ def test_a_signal_is_noted_and_a_second_ctrl_c_ends_at_once(handlers):
     StopSignal()                                       # not asked yet: data is prepared
     line = refusal(os.kill, os.getpid(), signal.SIGTERM)
     assert line == 'SIGTERM stopped this run before its first step: nothing was saved'
+    StopSignal(is_resumed=True)                        # there is a checkpoint, which the start does not touch
+    line = refusal(os.kill, os.getpid(), signal.SIGTERM)
+    assert line.endswith('before its first step: its checkpoint is as it was, go on with --resume=True')
 
 
 def stopped_on_rank_1(rank):
@@ -185,6 +189,21 @@ def test_the_log_of_a_resumed_run_drops_what_came_after_the_checkpoint_and_half_
         assert refusal(log.write, 'step') == f'{path}: cannot write here, is the disk full? ([Errno 27] File too large)'
 
 
+def test_an_evaluation_that_comes_again_after_a_resume_is_logged_once(tmp_path, monkeypatch):
+    """A signal in an evaluation saves its step without it; a resume makes it, and is killed before it saves anew."""
+    monkeypatch.setattr(StubWriter, 'shown', {})
+    path = tmp_path / 'log.jsonl'
+    Log(path).write('step', step=20, loss=1.0)
+    for _ in range(3):
+        log = Log(path, resume_step=20, evaluated=False, writer=StubWriter)
+        log.write('eval', step=20, correct=0.5)
+    log.write('eval', step=40, correct=0.25)
+    assert [(r['kind'], r['step']) for r in read_lines(path)] == [('step', 20), ('eval', 20), ('eval', 40)]
+    assert StubWriter.shown == {('eval/correct', 20): 0.5, ('eval/correct', 40): 0.25}
+    Log(path, resume_step=20, evaluated=True)
+    assert [(r['kind'], r['step']) for r in read_lines(path)] == [('step', 20), ('eval', 20)]
+
+
 class StubWriter:
     """SummaryWriter's face; what it hides on resume is hidden as TensorBoard does it: steps from purge_step on."""
     shown = {}
@@ -261,6 +280,15 @@ def test_the_rates_of_a_window_are_those_of_its_steps_without_the_evaluation_bet
         # 100 labels of 1 nat and 50 of 4: by labels, not a mean of the steps' means, which is 2.5
         assert record == {'seconds': 20.0, 'samples_per_s': 4.0, 'tokens_per_s': 40.0, 'labels_per_s': 7.5,
                           'data_wait': 0.25, 'window_loss': 2.0}
+
+
+def test_a_window_without_a_label_has_a_loss_of_nothing():
+    """Every picture of its steps was a bad one, which max_bad_samples allows."""
+    clock = Clock()
+    meter = Meter(clock)
+    clock.now += 1
+    meter.add(loss=0.0, n_labels=0, batches=[])
+    assert meter.read(torch.device('cpu'))['window_loss'] == 0
 
 
 # -----------------------------------------------------------------------------
@@ -362,10 +390,27 @@ def test_an_evaluation_that_is_no_number_is_not_saved(tmp_path):
 
 @pytest.mark.parametrize('check, value, right', [
     (require_positive, 0, 1), (require_positive, -1.0, 0.5), (require_positive, math.nan, 3),
+    (require_positive, math.inf, 9), (require_not_negative, -1, 0), (require_not_negative, math.nan, 0.5),
     (require_share, -0.1, 0.0), (require_share, 1.5, 1.0), (require_share, math.nan, 0.3)])
 def test_a_setting_that_cannot_be_meant_is_named(check, value, right):
     assert check({'seed': 0, 'epochs': right}, 'epochs') is None
     assert refusal(check, {'seed': 0, 'epochs': value}, 'epochs').startswith(f'epochs = {value}: wanted ')
+
+
+@pytest.mark.parametrize('value', [
+    {'i2t': '1'}, {'i2t': None}, {'i2t': True}, {'i2t': -1.0}, {'i2t': math.nan}, (1.0, 'a'), (math.inf,), ([1],)])
+def test_a_setting_of_several_numbers_holds_numbers(value):
+    assert 'is no number of 0 or more' in refusal(require_numbers, {'task_weights': value}, 'task_weights')
+    for right in {'i2t': 1, 'a2t': 0.0}, {}, (1.0, 2), ():
+        require_numbers({'task_weights': right}, 'task_weights')
+
+
+@pytest.mark.parametrize('edges', [(5,), (5, 10, 20), (10, 5), (5, 5), (0, 5), (5.0, 9.0), ('5', '9')])
+def test_bucket_edges_are_two_rising_numbers_or_none(edges):
+    message = refusal(require_split, {'n_eval': 8, 'bucket_edges': edges})
+    assert message.startswith(f'bucket_edges = {edges}: wanted two')
+    for right in (), (5, 10):
+        require_split({'n_eval': 8, 'bucket_edges': right})
 
 
 def test_a_gradient_of_zeros_does_not_count_as_one():
