@@ -322,6 +322,18 @@ class ChunkedLosses(torch.autograd.Function):
         return (gradients * of_losses[:, None]).to(gradients.dtype), None, None, None
 
 
+def tuned_parts(llm):
+    """{full name: module} of what full_tune trains: the layers and the last norm, whatever they are called; not what
+    ids are looked up in, and not the head."""
+    body = getattr(llm.base_model, 'decoder', llm.base_model)          # OPT's is a part of its body
+    prefix = next(name for name, module in llm.named_modules() if module is body)
+    parts = {}
+    for name, part in body.named_children():
+        if not isinstance(part, nn.Embedding) and any(True for _ in part.parameters()):
+            parts[f'{prefix}.{name}'] = part
+    return parts
+
+
 def layer_matrices(llm):
     """A regular expression over the full names of all matrices inside the decoder's layers, for PEFT."""
     names = [name for name, module in llm.named_modules() if isinstance(module, nn.Linear)]
@@ -345,7 +357,7 @@ def lora(llm, r, alpha, dropout, targets):
                         task_type='CAUSAL_LM')
     try:
         adapter = get_peft_model(llm, config)
-    except ValueError as e:
+    except (ValueError, re.error) as e:
         raise SystemExit(f'lora_targets = {targets!r}: {e}')
     for module in adapter.modules():
         if isinstance(module, BaseTunerLayer):         # else every input goes to float32, and autocast brings it back

@@ -30,7 +30,7 @@ from common import frozen_dtype, init_ranks, load_checkpoint, one_line_io_errors
 from lists import text_is_unicode
 from inference import VisionChat
 from media import BadSample, read_audio, read_image, write_picture, write_sound
-from decoders import lora
+from decoders import lora, tuned_parts
 from model import load_vlm
 from sharding import read_shards
 from token_model import load_token_model, read_text, write_codes
@@ -168,11 +168,12 @@ def load_track_b():
         adapter = with_lora(model.llm, tensors['tuned'])
     elif stage == 'b4':
         # as in training: the layers are in float32, and not frozen, which is what an export goes by
-        model.llm.model.layers.float().requires_grad_(True)
-        model.llm.model.norm.float().requires_grad_(True)
+        for part in tuned_parts(model.llm).values():
+            part.float().requires_grad_(True)
         # not strict: embeddings, head and new rows are not among the tuned weights; every layer has to be
         missing = model.load_state_dict(tensors['tuned'], strict=False).missing_keys
-        assert not any(name.startswith('llm.model.layers.') for name in missing), missing
+        tuned = tuple(f'llm.{name}.' for name in tuned_parts(model.llm))
+        assert not any(name.startswith(tuned) for name in missing), missing
     return model.eval(), adapter
 
 

@@ -31,6 +31,8 @@ def shard_layers(llm, device):
     """Cut the matrices of the layers of a language model, which is on a CPU, over the ranks, and bring it to the
     device, a layer at a time. Nothing but the latter on a single rank. LoRA has to be there already."""
     if dist.is_initialized():
+        if not hasattr(llm.base_model, 'layers'):      # GPT-2 calls them h
+            raise SystemExit(f'a {llm.config.model_type} has no base_model.layers to cut: set shard = False')
         mesh = init_device_mesh(device.type, (dist.get_world_size(),))
         # learned weights are in float32 and multiplied in the precision of the frozen ones, as autocast has it
         precision = torch.bfloat16 if llm.dtype == torch.bfloat16 else None

@@ -27,7 +27,7 @@ from common import (
 from configure import configure
 from data import Loader, files_fingerprint, plain_texts
 from grounding import crossed_share, distinct, matching_sets, retrieval, shared_phrases
-from decoders import checkpoint_layers, load_tokenizer, lora
+from decoders import checkpoint_layers, load_tokenizer, lora, tuned_parts
 from sharding import places_of, read_shards, save_with_shards, shard_layers, step_together
 from shards import (
     MixtureSampler, label_counts, load_space, passes_line, require_enough, shards_fingerprint, task_shares,
@@ -207,7 +207,7 @@ if load_new_rows(model, new_rows_dir)['base_sha256'] != base_sha256:
     raise SystemExit(f'{new_rows_dir} was made on other weights than those of {llm} today, or in another dtype: '
                      'restore them, set dtype, or run B3 again')
 if full_tune:
-    for part in model.llm.base_model.layers, model.llm.base_model.norm:
+    for part in tuned_parts(model.llm).values():
         part.float().requires_grad_(True)              # in float32: these weights are their own masters
 else:
     adapter = lora(model.llm, lora_r, lora_alpha, dropout=lora_dropout, targets=lora_targets)
@@ -215,7 +215,7 @@ if gradient_checkpointing:
     checkpoint_layers(model.llm)
 trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
 names = [name for name, _ in model.named_parameters()]
-tuned = ('llm.model.layers.', 'llm.model.norm.') if full_tune else ()
+tuned = [f'llm.{name}.' for name in tuned_parts(model.llm)] if full_tune else []
 declared = {name for name in names if name.startswith(('new_', *tuned)) or '.lora_' in name}
 gates.end_doomed([gates.lora_gate(names), gates.declared_gate(declared, trainable)], allow_failed_gates)
 # beside LoRA the same weights are frozen as before it: they are hashed once

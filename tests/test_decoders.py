@@ -2,6 +2,8 @@
 
 The table of docs/results.md: $ python -m pytest -q -s tests/test_decoders.py -k stock_model_does
 """
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -12,7 +14,7 @@ from tiny_worlds import tiny_space
 
 import decoders
 from data import collate, padded_layout
-from decoders import embedding_rms, hidden_states, load_llm, load_tokenizer, lora, parity, text_losses
+from decoders import embedding_rms, hidden_states, load_llm, load_tokenizer, lora, parity, text_losses, tuned_parts
 from examples import NO_IMAGES, Example
 from token_model import TokenModel, export_difference, export_stock
 
@@ -95,6 +97,37 @@ def test_a_decoder_gives_what_its_stock_model_does_and_lora_and_its_exports_work
     PeftModel.from_pretrained(again, tmp_path / 'adapter')
     assert mean_loss(again, batch_of_two()).item() == pytest.approx(after, abs=1e-5)
     print(f'| {name} | {found["logits"]:.1g} | yes | {before:.2f} to {after:.2f} | yes |')
+
+
+@pytest.mark.parametrize('name', [*CLASSES, 'GPT2', 'OPT', 'Phi'])
+def test_full_tuning_takes_the_layers_and_the_last_norm_whatever_they_are_called(tmp_path, name):
+    llm = load_llm(make(tmp_path / 'llm', name, **CLASSES.get(name, {})))
+    parts = tuned_parts(llm)
+    assert all(llm.get_submodule(full_name) is part for full_name, part in parts.items())
+    left = [full_name for full_name, _ in llm.named_parameters() if not full_name.startswith(tuple(parts))]
+    assert left and all(re.search('embed|wte|wpe|lm_head', full_name) for full_name in left), left
+    assert sum(isinstance(module, torch.nn.Embedding) for part in parts.values() for module in part.modules()) == 0
+    assert any('.0.' in full_name for full_name, _ in llm.named_parameters() if full_name not in left)
+
+
+def test_a_gpt_neox_that_is_tuned_whole_is_exported_whole(tiny, tmp_path):
+    llm = load_llm(make(tmp_path / 'llm', 'GPTNeoX'))
+    for part in tuned_parts(llm).values():
+        part.float().requires_grad_(True)
+    model = TokenModel(llm, tiny_space(load_tokenizer(tiny / 'llm')), noise=0.3)
+    batch = batch_of_two()
+    learned = [p for p in llm.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(learned, lr=1e-2)
+    before = mean_loss(llm, batch).item()
+    for _ in range(5):
+        mean_loss(llm, batch).backward()
+        assert all(p.grad is not None for p in learned)
+        optimizer.step()
+        optimizer.zero_grad()
+    assert mean_loss(llm, batch).item() < before - 0.1
+    export_stock(model, load_tokenizer(tiny / 'llm'), tmp_path / 'stock')
+    example = Example(None, np.array([3, 9, 512, 530, 7], np.int32), np.arange(1, 5), NO_IMAGES, False)
+    assert export_difference(model, tmp_path / 'stock', [example]) < 1e-4
 
 
 @pytest.mark.parametrize('name', REFUSED)

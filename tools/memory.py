@@ -18,7 +18,7 @@ from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, Qwen3Config, SiglipVisionConfig, SiglipVisionModel)
 
 from configure import configure
-from decoders import LOGITS_AT_ONCE, layer_matrices, load_config
+from decoders import LOGITS_AT_ONCE, layer_matrices, load_config, tuned_parts
 from model import Connector, Tower
 
 KNOWN = {                                              # as published; the text rows are 151,936 in both
@@ -142,8 +142,8 @@ def build(stage, llm, tower, trained):
         if has_lora(stage, trained):
             get_peft_model(model, LoraConfig(r=trained.lora_r, target_modules=layer_matrices(model)))
         if trained.full_tune:
-            model.base_model.layers.requires_grad_(True)
-            model.base_model.norm.requires_grad_(True)
+            for part in tuned_parts(model).values():
+                part.requires_grad_(True)
     return parts
 
 
