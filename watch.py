@@ -4,6 +4,7 @@ so within seconds, and one that works on its disk is waited for as long as it ta
 
 Not by torch's own timeout: gloo and NCCL say in a page of their words that it has passed, and not whom they waited for.
 """
+import atexit
 import os
 import secrets
 import socket
@@ -16,6 +17,7 @@ import torch.distributed as dist
 
 
 DAY = 24 * 60.0                                        # in minutes
+BYE = b'.'
 
 
 class Watch:
@@ -36,6 +38,7 @@ class Watch:
         self.store.set(f'sign/{dist.get_rank()}', '0')
         heard = store.clone()
         self.connect(heard)
+        atexit.register(self.fail)
         sys.excepthook = say_in_a_line
         threading.Thread(target=self.look, args=(store,), daemon=True).start()
         threading.Thread(target=self.hear, args=(heard,), daemon=True).start()
@@ -64,10 +67,10 @@ class Watch:
                     self.follow(line, int(rank), store)
 
     def follow(self, line, rank, store):
-        """Tell all when this line of another rank is closed without a good-bye."""
+        """Tell all when another rank says on this line that it has failed, or closes it without a good-bye."""
         def read():
             with suppress(OSError):
-                if line.recv(1):
+                if line.recv(1) == BYE:
                     return
             with suppress(RuntimeError):               # rank 0 has ended, and the store with it
                 store.set('ended', str(rank))
@@ -76,11 +79,16 @@ class Watch:
         self.lines.append(line)
         threading.Thread(target=read, daemon=True).start()
 
-    def end(self):
+    def end(self, word=BYE):
         """This rank has nothing to wait for any more, and the others not for it."""
-        for line in self.lines:
+        while self.lines:
             with suppress(OSError):
-                line.sendall(b'.')
+                self.lines.pop().sendall(word)
+
+    def fail(self):
+        """At exit: a rank that has not come to shutdown_ranks. Its threads may keep the process for seconds."""
+        if dist.is_initialized():
+            self.end(b'!')
 
     @contextmanager
     def collective(self, device='cpu'):

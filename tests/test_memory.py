@@ -24,6 +24,7 @@ from lists import Item
 from decoders import LOGITS_AT_ONCE, checkpoint_layers, lora
 from model import VLM, Connector, Tower
 from token_model import TokenModel
+from tools import eval_cost
 from tools.memory import PLAN, Step, Trained, memory_needed, table
 from uti import TokenSpace
 
@@ -287,6 +288,25 @@ def test_every_command_of_the_page_takes_a_batch_that_the_table_says_fits(plan):
             assert settings['micro_batch_size'] <= largest[key], (part, stage, size)
             n_commands += 1
     assert n_commands == 16
+
+
+def test_the_table_of_evaluations_is_what_the_tool_gives():
+    assert eval_cost.table(tflops=400.0, tb_per_s=3.0, cards=(1, 8)) in (REPO / 'docs' / 'bigger.md').read_text()
+
+
+def test_what_an_example_and_a_new_token_cost_by_hand():
+    shape = {'hidden_size': 10, 'num_attention_heads': 2, 'head_dim': 4, 'num_key_value_heads': 1,
+             'intermediate_size': 30, 'num_hidden_layers': 3, 'vocab_size': 100}
+    card = eval_cost.Card(shape, flops=1e3, bandwidth=1e9)
+    weights = 3 * (2 * 10 * 8 + 2 * 10 * 4 + 3 * 10 * 30)
+    assert card.forward(eval_cost.Example(7, 2)) == 2 * (7 * weights + 2 * 10 * 100) / 1e3
+    # five continuations of one token, two at a time: three passes, each bound by its products
+    products = 2 * 5 * weights * 4 + 2 * 5 * (weights + 10 * 100)
+    assert card.generate(5, 4, 1, head=100, batch=2) == pytest.approx(products / 1e3)
+    # and by what it reads, where the card multiplies fast: weights in two bytes, keys and values of 4.5 tokens
+    card = eval_cost.Card(shape, flops=1e18, bandwidth=1e9)
+    n_bytes = 3 * 2 * (weights + 10 * 100) + 5 * 4.5 * (2 * 2 * 3 * 1 * 4)
+    assert card.generate(5, 4, 1, head=100, batch=2) == pytest.approx(n_bytes / 1e9)
 
 
 def run_tool(monkeypatch, *args):

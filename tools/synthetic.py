@@ -4,8 +4,9 @@ says.
 
 captions: LLaVA-Pretrain's JSON, a caption of 4 to 40 words for each picture, which are files of real sizes.
 chats: LLaVA-Instruct's, one to five questions with answers of 1 to 150 words, two chats a picture.
-start: the examples, the split and the first steps, on each rank (torchrun --nproc_per_node=2 -m tools.synthetic ...).
-Needs the tokenizer of a Qwen3 and its config.json.
+start: what a start of train_a1.py or train_a2.py does with its data, and the first steps, on each rank (torchrun
+--nproc_per_node=2 -m tools.synthetic ...). With another OUT it is a second start, with the same one, whose split is
+there, a resume; a run of the sweep finds a split too. Needs the tokenizer of a Qwen3 and its config.json.
 
 $ python -m tools.synthetic captions out/captions 558128
 $ python -m tools.synthetic chats out/chats 157712
@@ -20,9 +21,9 @@ from pathlib import Path
 
 import numpy as np
 
-from common import barrier, init_ranks, progress, shutdown_ranks
+from common import barrier, in_parts, init_ranks, on_rank_0, progress, shutdown_ranks
 from templates import ChatTemplate
-from data import ShuffledSampler, choose_split, load_split
+from data import ShuffledSampler, choose_split, collate, data_fingerprint, deal, load_split
 from examples import prepare
 from media import BadSamples, read_image
 from decoders import load_tokenizer
@@ -110,14 +111,16 @@ def memory_mb(path='/proc/self/smaps_rollup'):
 
 def start(folder, kind, llm, out):
     """The data part of train_a1.py and train_a2.py, and what it took on this rank."""
-    rank, _, _ = init_ranks('cpu')
+    rank, world_size, _ = init_ranks('cpu')
     template = ChatTemplate(load_tokenizer(llm), 64, 512 if kind == 'caption' else 2048)
     before = memory_mb()
     cpu = time.process_time()
+    began = time.perf_counter()
 
     def say(what):
         grown = ', '.join(f'{name} {mb - before[name]:+.0f} MB' for name, mb in memory_mb().items())
-        print(f'rank {rank}, {what}: {time.process_time() - cpu:.1f} CPU s, {grown}', flush=True)
+        print(f'rank {rank}, {what}: {time.process_time() - cpu:.1f} CPU s, {time.perf_counter() - began:.0f} s by the '
+              f'clock, {grown}', flush=True)
 
     folder = Path(folder)
     split = Path(out) / 'split.json'
@@ -130,10 +133,19 @@ def start(folder, kind, llm, out):
         choose_split(examples, 512, 64, edges, path=split, bad_samples=bad_samples, read=partial(read_image, size=8))
         say('split')
     barrier()
-    train_set, _, _ = load_split(examples, split, 512)
+    train_set, *_ = load_split(examples, split, 512)
+    on_rank_0(data_fingerprint, examples, split)
+    say('all of a start')
     sampler = ShuffledSampler(train_set, 256, seed=1)
-    ids = [example.item.id for n in range(10) for example in sampler.step(n)]
-    say(f'ten steps, samples {hashlib.sha256(" ".join(ids).encode()).hexdigest()[:12]}')
+    ids = [example.item.id for example in sampler.step(0)]     # draws the order of the first epoch
+    start = time.process_time()
+    for n in range(1, 10):
+        examples = sampler.step(n)
+        for part in in_parts(deal(examples, world_size)[rank], 32):
+            collate(part, num_image_tokens=64)         # all of the loader's work but the pictures
+        ids += [example.item.id for example in examples]
+    ms = 1000 * (time.process_time() - start) / 9
+    say(f'ten steps, samples {hashlib.sha256(" ".join(ids).encode()).hexdigest()[:12]}, {ms:.0f} CPU ms a step of 256')
     n_read = Path('/proc/self/io').read_text().split()[1]
     print(f'rank {rank}: {int(n_read) / 2**20:,.0f} MB read')
     barrier()
