@@ -152,7 +152,7 @@ GROUPS = (
      'tools.report', 'tools.synthetic'),
     ('tools.bench_codecs',),
     ('tools.check', 'tools.real_shapes', 'tools.timed'),
-    ('tools.rehearsal',),
+    ('tools.eval_cost', 'tools.rehearsal'),
     ('train_a1', 'sweep_a11', 'train_a2', 'build_b2', 'train_b3', 'train_b4', 'sample'),
 )
 USE_WHAT_STANDS_ABOVE_AS_A_SCRIPT = 'uti', 'gates'
