@@ -3,6 +3,7 @@ Tokenized shards: captioned media as lists name them, the shards that stage B2 m
 tasks of Track B, and mixtures of tasks.
 """
 import hashlib
+import json
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -189,7 +190,7 @@ def read_side(folder, name, sha256):
 
 
 def stamp_of(path):
-    """[bytes, time of the last change in ns] of a file, by which it is known again."""
+    """[bytes, time of the last change in ns] of a file, by which it is known again. path: or the handle of one."""
     try:
         found = os.stat(path)
     except OSError as e:
@@ -288,6 +289,7 @@ class StoredRecord(NamedTuple):
 
 class Segments(NamedTuple):
     """Where things are in a shard: a few kB."""
+    start: int                         # of its ids, in bytes of the file
     offsets: np.ndarray                # int64 (segments + 1,)
     items: np.ndarray                  # int32 (items, 2), segments of its medium and its text
     modalities: np.ndarray             # uint8 (items,), numbers in KINDS
@@ -299,8 +301,8 @@ class Records(Sequence):
     names: of the shards; checked: what check_shards says of each. What is kept in memory does not grow with the shards,
     but for a number for each of them.
     """
-    OPEN = 64                          # shards whose ids are mapped into memory at a time ...
-    KNOWN = 4096                       # ... and whose segments are kept: 10 kB each
+    KNOWN = 4096                       # shards whose segments are kept: 10 kB each
+    SIDES = 64                         # and whose .json is
 
     def __init__(self, folder, names, checked, modality=None):
         self.folder = Path(folder)
@@ -310,39 +312,50 @@ class Records(Sequence):
         kinds = ('image', 'audio') if modality is None else (modality,)
         counts = [sum(one['items'][kind] for kind in kinds) for one in checked]
         self.ends = np.cumsum(counts, dtype=np.int64)  # the number of records up to the end of each shard
-        self.ids = lru_cache(self.OPEN)(self.open_ids)
         self.segments = lru_cache(self.KNOWN)(self.read_segments)
-        self.side = lru_cache(self.OPEN)(self.read_side)
+        self.side = lru_cache(self.SIDES)(self.read_side)
 
     def of(self, modality):
         """The records of one modality."""
         some = Records(self.folder, self.names, self.checked, modality)
-        some.ids = self.ids                            # what is open is open for all
-        some.segments = self.segments
+        some.segments = self.segments                  # what is known is known to all
         some.side = self.side
         return some
 
-    def open(self, n):
-        path = f'{self.folder}/{self.names[n]}.safetensors'
-        if stamp_of(path) != self.checked[n]['stamps'][0]:
-            raise SystemExit(f'{path} has changed since this run began: start it again')
-        return safe_open(path, 'np')
+    def path(self, n):
+        return f'{self.folder}/{self.names[n]}.safetensors'
 
-    def open_ids(self, n):
-        """All ids of shard n, still on disk."""
-        with self.open(n) as f:
-            return f.get_slice('ids')
+    def require_unchanged(self, n, file):
+        """file: the shard's path, or a handle of it."""
+        if stamp_of(file) != self.checked[n]['stamps'][0]:
+            raise SystemExit(f'{self.path(n)} has changed since this run began: start it again')
 
     def read_segments(self, n):
-        with self.open(n) as f:
+        self.require_unchanged(n, self.path(n))
+        with open(self.path(n), 'rb') as f:
+            n_bytes = int.from_bytes(f.read(8), 'little')
+            start = 8 + n_bytes + json.loads(f.read(n_bytes))['ids']['data_offsets'][0]
+        with safe_open(self.path(n), 'np') as f:
             items = f.get_tensor('items')
-            return Segments(f.get_tensor('offsets'), items, modalities=f.get_tensor('kinds')[items[:, 0]])
+            return Segments(start, f.get_tensor('offsets'), items, modalities=f.get_tensor('kinds')[items[:, 0]])
 
-    def read_ids(self, n, segment):
-        first, end = self.segments(n).offsets[segment:segment + 2]
-        if first == end:                               # safetensors refuses an empty slice at the end of a tensor
-            return np.zeros(0, np.int32)
-        return self.ids(n)[first:end]
+    def read_ids(self, n, segments):
+        """The ids of some segments of shard n. Read and not mapped: of most shards a step wants one record, and to map
+        a file takes longer than to read that."""
+        known = self.segments(n)
+        try:
+            handle = os.open(self.path(n), os.O_RDONLY)
+        except OSError as e:
+            raise SystemExit(f'{self.path(n)}: cannot read this shard ({e.strerror}); run build_b2.py again')
+        try:
+            self.require_unchanged(n, handle)
+            found = []
+            for segment in segments:
+                first, end = known.offsets[segment:segment + 2].tolist()
+                found.append(np.frombuffer(os.pread(handle, 4 * (end - first), known.start + 4 * first), np.int32))
+            return found
+        finally:
+            os.close(handle)
 
     def read_side(self, n):
         return read_side(self.folder, self.names[n], self.checked[n]['sha256'])
@@ -365,10 +378,11 @@ class Records(Sequence):
         items = self.items_of(n)
         item = int(items[i - self.ends[n]])            # from the shard's end: records end where it does
         medium, text = self.segments(n).items[item].tolist()
+        payload_ids, text_ids = self.read_ids(n, (medium, text))
         return StoredRecord(
             modality=KINDS[self.segments(n).modalities[item]],
-            payload=self.read_ids(n, medium),
-            text=self.read_ids(n, text),
+            payload=payload_ids,
+            text=text_ids,
             side=partial(self.side, n),
             medium=medium,
             item=item,

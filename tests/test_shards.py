@@ -314,9 +314,9 @@ def assert_same_example(lazy, wanted):
 
 
 @pytest.mark.parametrize('task, modality', [('i2t', 'image'), ('a2t', 'audio'), ('t2i', 'image'), ('t2a', 'audio')])
-@pytest.mark.parametrize('n_open', [1, 64])
-def test_examples_made_when_asked_for_are_those_of_all_records_in_memory(tmp_path, monkeypatch, task, modality, n_open):
-    monkeypatch.setattr(Records, 'OPEN', n_open)
+@pytest.mark.parametrize('n_kept', [1, 64])
+def test_examples_made_when_asked_for_are_those_of_all_records_in_memory(tmp_path, monkeypatch, task, modality, n_kept):
+    monkeypatch.setattr(Records, 'KNOWN', n_kept)
     wanted = write_at_random(tmp_path, n_shards=5)
     [examples] = token_sets(tmp_path, 'train', [task], GRAMMAR, 12).values()
     wanted = [token_example(record, task, GRAMMAR, 12) for record in wanted if record.modality == modality]
