@@ -283,6 +283,15 @@ def write_atomic(path, content):
             beside.unlink(missing_ok=True)
 
 
+def finite(value):
+    """A value that is to be JSON, with None in the place of NaN and infinity, which JSON has not."""
+    if isinstance(value, dict):
+        return {key: finite(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def canonical(value):
     """The one JSON text of a value that hashes are taken of."""
     return json.dumps(value, sort_keys=True, separators=(',', ':'), ensure_ascii=True, allow_nan=False)
@@ -545,6 +554,7 @@ class Progress:
 
     def update(self, n=1, **shown):
         """n more are done. shown: numbers to show, such as loss=1.23."""
+        n = min(n, self.total - self.done)             # of several ranks the last step may be one of few
         self.done += n
         numbers = {name: f'{value:.4g}' for name, value in shown.items()}
         if self.bar is not None:

@@ -22,7 +22,7 @@ from typing import NamedTuple
 import numpy as np
 
 import grounding
-from common import new_figure, rank_of, write_atomic
+from common import finite, new_figure, rank_of, write_atomic
 
 
 # What a stage is worth: of the loss under another input, the share that the right one removes; recall@1 of the right
@@ -350,7 +350,7 @@ def write_gates(out_dir, gates, worth=None, **measured):
     measured = {'worth': worth, **measured} if worth else measured
     passed = bool(gates) and all(gate.passed for gate in gates)        # no gate at all is no pass
     record = {'passed': passed, 'gates': [gate._asdict() for gate in gates], **measured}
-    write_atomic(Path(out_dir) / 'gates.json', json.dumps(record, indent=1))
+    write_atomic(Path(out_dir) / 'gates.json', json.dumps(finite(record), indent=1, allow_nan=False))
     return passed
 
 
@@ -398,13 +398,18 @@ def verdict_files(folder):
     return [path for path in paths if path.exists()]
 
 
+def number(value):
+    """A number of gates.json, which has null where one is not finite."""
+    return math.nan if value is None else float(value)
+
+
 def read_verdict(path):
     """([Gate], passed) of a gates.json; a damaged one is a gate that failed."""
     try:
         record = json.loads(path.read_text())
         verdicts = []
         for gate in record['gates']:
-            verdicts.append(Gate(str(gate['name']), float(gate['value']), str(gate['bar']), bool(gate['passed'])))
+            verdicts.append(Gate(str(gate['name']), number(gate['value']), str(gate['bar']), bool(gate['passed'])))
         return verdicts, bool(record['passed'])
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as e:
         return [Gate(f'{path.name} is whole', math.nan, f'not damaged ({type(e).__name__}: {e})', False)], False
@@ -414,7 +419,7 @@ def read_worth(path):
     """{task: of worth()} of a gates.json; {} where there is none, or a damaged one."""
     try:
         rows = json.loads(path.read_text()).get('worth', {})
-        return {str(task): {column: float(row[column]) for column in WORTH} for task, row in rows.items()}
+        return {str(task): {column: number(row[column]) for column in WORTH} for task, row in rows.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return {}
 

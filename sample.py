@@ -46,7 +46,7 @@ parser.add_argument('--image', nargs='+', default=[], metavar='FILE', help='one 
 parser.add_argument('--audio', nargs='+', default=[], metavar='FILE', help='one or more sounds to describe (B3, B4)')
 parser.add_argument('--draw', nargs='+', default=[], metavar='TEXT', help='a picture of each text (B3, B4)')
 parser.add_argument('--sound', nargs='+', default=[], metavar='TEXT', help='audio of each text (B3, B4)')
-parser.add_argument('--n', type=int, default=1, help='of each answer, seeds --seed, --seed + 1, ... (B3, B4)')
+parser.add_argument('--n', type=int, default=1, help='of each answer, seeds --seed, --seed + 1, ...')
 parser.add_argument('--guidance', type=float, help="above 1 the text counts more; default: the run's own (B3, B4)")
 parser.add_argument('--to', default='out/samples', metavar='FOLDER', help='where generated pictures and audio go')
 parser.add_argument('--prompt', help='what to ask about the pictures together, each where an <image> stands, else all '
@@ -101,6 +101,9 @@ if track_b and args.prompt is not None:
 if not track_b and (args.audio or args.draw or args.sound):
     raise SystemExit(f'{args.run} is an {stage.upper()} run, which sees pictures only; use a B3 or B4 run for sounds '
                      'and to draw')
+for name in ('vision',) if track_b else ('guidance', 'image_codec', 'audio_codec'):
+    if getattr(args, name) is not None:
+        raise SystemExit(f'{args.run} is a run of stage {stage}, which has no use for --{name}: leave it out')
 if stage == 'a1' and args.prompt is not None:
     raise SystemExit(f'{args.run} is an A1 run, which captions and takes no --prompt; use an A2 run to ask')
 if args.draw or args.sound:
@@ -228,19 +231,19 @@ def load_track_a():
     return vlm, with_lora(vlm.llm, tensors['lora'])
 
 
-def reply(image, turns):
+def reply(image, turns, seed):
     """The model's text about image tokens. turns: [(question, answer), ..., (question, None)]; None for a caption."""
     return chat.reply(image, turns, max_new_tokens=args.max_new_tokens, temperature=text_temperature,
-                      top_p=args.top_p, seed=args.seed)
+                      top_p=args.top_p, seed=seed)
 
 
-def caption(file):
-    show('image', file, reply(chat.encode_image(file), None), prompt=None)
-
-
-def ask(files, prompt):
+def answer(files, prompt):
+    """Print a caption, where prompt is None, or an answer about pictures, once per seed."""
     named = files if len(files) > 1 else files[0]
-    show('image', named, reply(chat.encode_image(*files), [(prompt, None)]), prompt=prompt)
+    tokens = chat.encode_image(*files)
+    turns = None if prompt is None else [(prompt, None)]
+    for seed in seeds:
+        show('image', named, reply(tokens, turns, seed), prompt=prompt, seed=seed)
 
 
 def chat_on_terminal(files):
@@ -252,12 +255,12 @@ def chat_on_terminal(files):
             if not turns and '<image>' not in question:
                 question = '<image>\n' * len(files) + question
             try:
-                answer = reply(images, [*turns, (question, None)])
+                text = reply(images, [*turns, (question, None)], args.seed)
             except BadSample as e:                     # more or fewer <image> than pictures
                 say(str(e))
                 continue
-            turns.append((question, answer))
-            say(answer)
+            turns.append((question, text))
+            say(text)
     except (EOFError, KeyboardInterrupt):
         print()
 
@@ -292,11 +295,13 @@ chat = VisionChat(vlm, meta['model']['llm'], meta['model']['vision'], settings['
                   settings.get('think_block', False), settings.get('max_images', 1))
 if stage == 'a1':
     for file in args.image:
-        caption(file)
+        answer([file], None)
 elif args.prompt is not None:
-    ask(args.image, args.prompt)
+    answer(args.image, args.prompt)
 elif sys.stdin.isatty() and not args.json:
+    if args.n > 1:
+        raise SystemExit('--n is of answers to a --prompt, not of a chat: leave it out')
     chat_on_terminal(args.image)
 else:
     for file in args.image:
-        ask([file], 'Describe this image.')
+        answer([file], 'Describe this image.')

@@ -14,8 +14,8 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from common import (
-    BETWEEN_BATCHES, all_gather, all_sum, barrier, first_line, has_checkpoint, lock_run, on_rank_0, one_line_io_errors,
-    peak_memory_mb, rank_of, sha256_tensors, write_atomic)
+    BETWEEN_BATCHES, all_gather, all_sum, barrier, finite, first_line, has_checkpoint, lock_run, on_rank_0,
+    one_line_io_errors, peak_memory_mb, rank_of, sha256_tensors, write_atomic)
 
 # -----------------------------------------------------------------------------
 # a run: its folder, its status, going on with it, stopping it
@@ -211,7 +211,7 @@ class Log:
     def write(self, kind, **record):
         if self.active:
             with one_line_io_errors(self.path), open(self.path, 'a') as f:
-                f.write(json.dumps({'kind': kind, **record}) + '\n')
+                f.write(json.dumps(finite({'kind': kind, **record}), allow_nan=False) + '\n')
         if self.board is not None and kind in ('step', 'eval') and (kind, record['step']) not in self.on_board:
             for name, value in record.items():
                 if name != 'step' and type(value) in (int, float):

@@ -26,7 +26,8 @@ import numpy as np
 import torch
 
 from codec import load_audio_codec, load_image_codec, log_mel_distance, psnr, si_snr, ssim
-from common import canonical, exact_float32, init_ranks, lock_run, provenance, write_atomic
+from common import canonical, exact_float32, finite, init_ranks, lock_run, provenance, write_atomic
+from media import BadSample
 from templates import marker_id, plain_tokenizer, turn_format
 
 SPECIALS = ('<|img_start|>', '<|img_end|>', '<|aud_start|>', '<|aud_end|>')
@@ -434,7 +435,7 @@ def first_usable(listed, read, n_items, bad_samples):
         paths.add(path)
         try:
             arrays.append(read(path))
-        except SystemExit as e:                        # a BadSample
+        except BadSample as e:
             bad_samples.add(id, e)
     return arrays
 
@@ -646,5 +647,5 @@ if __name__ == '__main__':
     elif all(verdict.passed for verdict in verdicts):  # what misses a floor is no measure for later runs
         write_atomic(out / 'baseline.json', json.dumps({**measured, **same}, indent=1))
     report = {**measured, **same, 'settings': config, **provenance()}
-    write_atomic(out / 'report.json', json.dumps(report, indent=1))
+    write_atomic(out / 'report.json', json.dumps(finite(report), indent=1))
     sys.exit(gates.conclude(out, verdicts, measured=measured))

@@ -11,6 +11,7 @@ from transformers import Qwen3Config
 
 import codec
 import uti
+from media import BadSample, BadSamples
 from small.codecs import make_audio_codec, make_image_codec
 from small.make import make_captions, make_sounds
 from small.models import make_tokenizer
@@ -229,3 +230,12 @@ def test_data_without_a_usable_file_ends_in_one_line(world_b, tmp_path, monkeypa
     code, _ = audit(world_b, tmp_path / 'out', *args, '--max_bad_samples=1')
     assert code == 'the data has no audio that can be read: see data_json and manifest_jsonl'
     assert 'gone.wav' in (tmp_path / 'out' / 'bad_samples.jsonl').read_text()
+
+
+def test_only_a_bad_sample_is_one_and_another_line_ends_the_audit(tmp_path):
+    def read(path):
+        raise (BadSample if path == 'cut' else SystemExit)(f'{path}: wrong')
+    bad_samples = BadSamples(tmp_path / 'bad.jsonl', 1)
+    assert uti.first_usable([('a', 'cut')], read, 1, bad_samples) == [] and len(bad_samples.entries) == 1
+    with pytest.raises(SystemExit, match='the disk is full: wrong'):
+        uti.first_usable([('a', 'the disk is full')], read, 1, bad_samples)

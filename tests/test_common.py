@@ -3,6 +3,7 @@ import contextlib
 import hashlib
 import io
 import json
+import math
 import multiprocessing
 import os
 import random
@@ -19,7 +20,7 @@ import torch.distributed as dist
 
 import common
 from common import (
-    Progress, all_gather, all_sum, barrier, frozen_dtype, gather_in_order, has_checkpoint, in_parts, init_ranks,
+    Progress, all_gather, all_sum, barrier, finite, frozen_dtype, gather_in_order, has_checkpoint, in_parts, init_ranks,
     load_checkpoint, lock_run, on_rank_0, progress, rank_parts, read_sealed, reduce_gradients, require_vacant,
     save_checkpoint, seed_everything, sha256_tensors, shutdown_ranks, whole_folder, write_atomic, write_sealed)
 from watch import WATCH, say_in_a_line, wait_at_most
@@ -573,6 +574,22 @@ def test_time_left_is_that_of_the_steps_of_this_start_and_a_written_line_puts_th
     clock.now = 60
     shown.update(4)
     assert capsys.readouterr().out == 'evaluated\na1: step 95 of 100, about 60 s left\n'
+
+
+def test_progress_ends_at_its_end_though_the_ranks_had_unlike_parts(capsys):
+    """3 shards on 2 ranks: the first makes two, and counts the other's as well."""
+    clock = Clock()
+    shown = Progress(3, 'shards', clock=clock)
+    for _ in range(2):
+        clock.now += 31
+        shown.update(2)
+    assert capsys.readouterr().out == (
+        'shards: step 2 of 3, about 16 s left\nshards: step 3 of 3, about 0 s left\n')
+
+
+def test_what_is_no_number_is_null_in_json():
+    value = {'a': [math.nan, 1.5, (math.inf, -math.inf)], 'b': {'c': np.float64('nan'), 'd': 'nan', 'e': True}}
+    assert finite(value) == {'a': [None, 1.5, [None, None]], 'b': {'c': None, 'd': 'nan', 'e': True}}
 
 
 class Terminal(io.StringIO):

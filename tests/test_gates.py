@@ -212,6 +212,20 @@ def test_the_exit_status_is_0_when_there_are_gates_and_all_passed(gates_found, s
     assert capsys.readouterr().out.splitlines()[-1] == f'{tmp_path}: {last_line}'
 
 
+def test_a_value_that_is_no_number_is_null_in_gates_json_and_has_not_passed(tmp_path):
+    worth = {'': dict.fromkeys(gates.WORTH, math.nan)}
+    conclude(tmp_path, [GOOD, at_least('rms', math.nan, 1)], worth=worth, losses={'correct': np.float64('inf')})
+
+    def no_constant(name):
+        raise AssertionError(f'{name} is not JSON')
+    record = json.loads((tmp_path / 'gates.json').read_text(), parse_constant=no_constant)
+    assert record['gates'][1]['value'] is None and record['losses'] == {'correct': None}
+    verdicts, passed = gates.read_verdict(tmp_path / 'gates.json')
+    assert not passed and verdicts[0] == GOOD and math.isnan(verdicts[1].value) and verdicts[1].name == 'rms'
+    assert math.isnan(gates.read_worth(tmp_path / 'gates.json')['']['different'])
+    assert refusal(require_passed, tmp_path, False).startswith(f'{tmp_path} failed its gate "rms"')
+
+
 def test_a_stage_takes_only_an_input_whose_gates_passed(tmp_path):
     def refused():
         assert require_passed(tmp_path, True) is None

@@ -81,7 +81,18 @@ def test_sampling_is_repeated_by_its_seed_and_zero_is_greedy(a1_run, tiny):
     assert sample(*args, '--temperature=0', '--seed=1') == sample(*args)
 
 
+def test_there_are_n_answers_one_for_each_seed(a1_run, a2_run, tiny):
+    picture = str(tiny / 'captions/images/000000.png')
+    for run, *prompt in (a1_run,), (a2_run, '--prompt', 'What?'):
+        args = (run.out, '--image', picture, *prompt, '--max_new_tokens=6', '--temperature=2', '--json')
+        three = [json.loads(line) for line in sample(*args, '--seed=4', '--n=3')[1].splitlines()]
+        assert [found['seed'] for found in three] == [4, 5, 6] and len({found['text'] for found in three}) > 1
+        assert json.loads(sample(*args, '--seed=5')[1]) == three[1]
+
+
 @pytest.mark.parametrize('args, found', [
+    (('--image', 'none.png', '--guidance', '2'), 'no use for --guidance'),
+    (('--image', 'none.png', '--audio_codec', 'x'), 'no use for --audio_codec'),
     (('--image', 'none.png'), 'none.png: no such image'),
     (('--image', 'none.png', '--prompt', ''), 'takes no --prompt'),
     (('--draw', 'a circle'), 'which sees pictures only'),
