@@ -1,12 +1,19 @@
 """One step of every training script in bfloat16 on a GPU is that of float32 on a CPU, to two percent, and attention
 without pads that with them; skipped without a GPU. `python -m pytest -m cuda` on a machine that has one."""
 import decoders
+import numpy as np
 import pytest
 import torch
 import training
 from conftest import HAS_GPU, read_json, read_log, run_with_stubs
+from tiny_worlds import tiny_space
+from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
 from data import padded_layout
+from decoders import load_llm
+from examples import NO_IMAGES, Example
+from token_model import TokenModel, export_difference, export_stock, text_difference
+from uti import TokenSpace
 
 pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not HAS_GPU, reason='needs a GPU')]
 
@@ -52,6 +59,27 @@ def test_attention_without_pads_is_that_with_them(lengths, monkeypatch):
     assert not decoders.has_varlen(torch.zeros(1, dtype=torch.bfloat16, device='cuda'))
     for found, wanted in zip(without_pads, outputs_and_gradients()):
         torch.testing.assert_close(found.float(), wanted.float(), rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize('n_rows', [515, 4096])
+def test_an_export_and_the_text_of_a_typed_head_are_the_stock_models_to_the_bit(tiny, tmp_path, dtype, n_rows):
+    """Wide enough that cuBLAS picks its kernels by the number of rows."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny / 'llm')
+    torch.manual_seed(0)
+    config = Qwen3Config.from_pretrained(tiny / 'llm', hidden_size=1024, head_dim=64, vocab_size=n_rows)
+    Qwen3ForCausalLM(config).save_pretrained(tmp_path / 'llm')
+    space = tiny_space(tokenizer)
+    space = TokenSpace({**space.base, 'text_rows': n_rows}, space.image, space.audio)
+    model = TokenModel(load_llm(tmp_path / 'llm', dtype), space).to('cuda')
+    export_stock(model, tokenizer, tmp_path / 'export')
+    rng = np.random.default_rng(0)
+    examples = []
+    for n in 5, 64, 333:
+        ids = rng.integers(3, 500, n).astype(np.int32)
+        examples.append(Example(None, ids, np.arange(1, n), NO_IMAGES, False))
+    assert export_difference(model, tmp_path / 'export', examples) == 0
+    assert text_difference(model, examples) == 0
 
 
 def test_two_deterministic_runs_on_a_gpu_are_the_same_to_the_bit(tmp_path, monkeypatch, a1_config):

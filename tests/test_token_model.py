@@ -493,6 +493,22 @@ def test_the_export_is_a_stock_model_with_our_logits_to_the_last_bit_and_a_token
     assert spelling.decode(ids, skip_special_tokens=True) == text
 
 
+@torch.no_grad()
+def test_kernels_that_are_picked_by_the_number_of_rows_are_no_difference_and_a_wrong_row_is(
+        model, tiny, tmp_path, monkeypatch):
+    """As cuBLAS does: a product with more rows adds up in another order."""
+    export_stock(model, AutoTokenizer.from_pretrained(tiny / 'llm'), tmp_path / 'export')
+    linear = F.linear
+    monkeypatch.setattr(F, 'linear', lambda x, rows, *bias: linear(x, rows, *bias) * (1 + 1e-7 * len(rows)))
+    examples = examples_of(*SIX)
+    hidden = model.hidden(collate(examples[:1]))
+    rows = torch.cat([model.llm.get_output_embeddings().weight, model.new_out])
+    assert not torch.equal(model.all_logits(hidden), model.row_logits(hidden, rows))
+    assert export_difference(model, tmp_path / 'export', examples) == 0
+    monkeypatch.setattr(model, 'all_logits', lambda hidden: model.row_logits(hidden, rows.roll(1, 0)))
+    assert export_difference(model, tmp_path / 'export', examples) > 0
+
+
 def test_bf16_weights_keep_float32_rows_and_agree_with_their_export(model, tiny, tmp_path):
     model.llm.save_pretrained(tmp_path / 'base')
     half = TokenModel(load_llm(tmp_path / 'base', torch.bfloat16), SPACE, noise=0.3)
