@@ -494,7 +494,7 @@ if __name__ == '__main__':
     from configure import configure
     from lists import read_llava
     from media import BadSamples, read_audio, read_image
-    from shards import read_manifest
+    from shards import read_manifest, read_sound_folder
 
     # -----------------------------------------------------------------------------
     # settings; override any with a config file or --key=value
@@ -511,6 +511,8 @@ if __name__ == '__main__':
     image_root = ''                # image paths in data_json are relative to this folder and stay inside it
     manifest_jsonl = ''            # {"id", "source", "image": path | "audio": path, "text"} a line, for its sounds;
                                    # paths are relative to its folder
+    sound_dir = ''                 # or a folder of WAV, FLAC or OGG files, as B2 takes it; '' for none
+    sound_captions = ''            # CSV of file_name, caption_1, caption_2, ... for them
     out_dir = 'out/b1'
     max_bad_samples = 0            # more unusable files than this end the run
     # the measurement
@@ -564,6 +566,9 @@ if __name__ == '__main__':
     if manifest_jsonl:
         for medium in read_manifest(manifest_jsonl, bad_samples):
             listed[medium.modality].append((medium.id, medium.path))
+    if sound_dir and uti.audio_codec:
+        sounds = read_sound_folder(sound_dir, sound_captions, bad_samples)
+        listed['audio'] += [(sound.id, sound.path) for sound in sounds]
     if data_json and uti.image_codec:
         llava_items = read_llava(data_json, image_root, bad_samples)
         listed['image'] = [(item.id, item.images[0]) for item in llava_items if item.images]
@@ -577,7 +582,8 @@ if __name__ == '__main__':
     for modality in read:
         items[modality] = first_usable(listed[modality], read[modality], n_items, bad_samples)
         if not items[modality]:
-            raise SystemExit(f'the data has no {modality} that can be read: see data_json and manifest_jsonl')
+            raise SystemExit(f'the data has no {modality} that can be read: see data_json, manifest_jsonl '
+                                 'and sound_dir')
 
     # the same ids again: in another order, alone, in another process
     elsewhere = encode_in_another_process(build_settings, items)

@@ -1,6 +1,6 @@
 # A1 at the reference's sizes: SigLIP2 so400m at 384 pixels (729 patches), 64 image tokens, a connector of 82.4 M.
 # $ torchrun --standalone --nproc_per_node=8 train_a1.py configs/a1_qwen3_8b.py
-# Costs 23.3 GiB of GPU memory by formula, 16.9 of them frozen weights in bf16.
+# Costs 23.2 GiB of GPU memory by formula, 16.0 of them frozen weights in bf16.
 # Not run: there was no GPU.
 data_json = 'data/LLaVA-Pretrain/blip_laion_cc_sbu_558k.json'
 image_root = 'data/LLaVA-Pretrain/images'

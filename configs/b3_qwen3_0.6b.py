@@ -1,6 +1,6 @@
 # New rows for the smallest Qwen3: 33.6 M numbers in each of the two matrices, 32,772 rows of 1,024.
 # $ python train_b3.py configs/b3_qwen3_0.6b.py
-# Costs 26.4 GiB of GPU memory by formula; micro_batch_size = 8 takes 14.5.
+# Costs 26.3 GiB of GPU memory by formula; micro_batch_size = 8 takes 14.5.
 # Not run: there was no GPU.
 shards_dir = 'out/b2_qwen3_0.6b'
 llm = 'Qwen/Qwen3-0.6B'

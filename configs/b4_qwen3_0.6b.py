@@ -1,6 +1,6 @@
 # B4 with the smallest Qwen3: LoRA r 64 on its layers, and the new rows go on learning.
 # $ python train_b4.py configs/b4_qwen3_0.6b.py
-# Costs 41.6 GiB of GPU memory by formula; micro_batch_size = 4 takes 12.9.
+# Costs 41.5 GiB of GPU memory by formula; micro_batch_size = 4 takes 12.9.
 # Not run: there was no GPU.
 shards_dir = 'out/b2_qwen3_0.6b'
 new_rows_dir = 'out/b3_qwen3_0.6b'

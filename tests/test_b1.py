@@ -182,6 +182,19 @@ def test_the_audit_passes_and_leaves_what_it_promises(audited):
     assert 'against the baseline' not in printed and report['psnr'] > 24
 
 
+def test_a_folder_of_sounds_with_captions_is_audited_as_a_manifest_of_them(audited, world_b, tmp_path):
+    """The same sounds, as B2 reads them; each has two captions there, and counts once."""
+    rows = ['file_name,caption_1,caption_2']
+    for line in (world_b / 'sounds' / 'manifest.jsonl').read_text().splitlines():
+        rows.append(f'{json.loads(line)["audio"]},a tone,another')
+    (tmp_path / 'c.csv').write_text('\n'.join(dict.fromkeys(rows)) + '\n')
+    code, printed = audit(world_b, tmp_path / 'out', '--manifest_jsonl=', f'--sound_dir={world_b}/sounds',
+                          f'--sound_captions={tmp_path}/c.csv')
+    assert code == 0, printed
+    wanted, found = (json.loads((out / 'baseline.json').read_text()) for out in (audited[0], tmp_path / 'out'))
+    assert found == wanted                             # of the same items the same measures
+
+
 def test_a_second_audit_compares_and_a_regression_or_a_missed_floor_fails(audited, world_b, monkeypatch):
     """Of the same items: their pictures come from the manifest now."""
     out, _ = audited

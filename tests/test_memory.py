@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from conftest import REPO
 from test_docs import settings_of
-from test_real_configs import QWEN3, SO400M
+from test_real_configs import QWEN3, SO400M, settings_for
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import Qwen3Config, Qwen3ForCausalLM, SiglipVisionConfig, SiglipVisionModel
@@ -25,7 +25,8 @@ from decoders import LOGITS_AT_ONCE, checkpoint_layers, lora
 from model import VLM, Connector, Tower
 from token_model import TokenModel
 from tools import eval_cost
-from tools.memory import PLAN, Step, Trained, memory_needed, table
+from tools.memory import (
+    LARGE, LORA_64, PLAN, SMALL, Step, Trained, a1_step, a2_step, b_step, gib, known_config, memory_needed, table)
 from uti import TokenSpace
 
 # -----------------------------------------------------------------------------
@@ -268,6 +269,24 @@ def plan():
 
 def test_the_table_of_the_page_is_what_the_function_gives(plan):
     assert plan in (REPO / 'docs' / 'bigger.md').read_text()
+
+
+@pytest.mark.parametrize('size, base, ranks', [('0.6b', SMALL, 1), ('8b', LARGE, 8)])
+@pytest.mark.parametrize('stage, step', [('a1', a1_step), ('a2', a2_step), ('b3', b_step), ('b4', b_step)])
+def test_the_head_of_a_real_config_says_what_the_function_gives(stage, step, size, base, ranks):
+    head = (REPO / f'configs/{stage}_qwen3_{size}.py').read_text()
+    settings = settings_for(stage, size)
+    llm = known_config(f'Qwen/{base}', Qwen3Config)
+    tower = known_config(settings_for('a1', size)['vision'], SiglipVisionConfig)
+    trained = LORA_64 if stage[0] == 'b' else Trained()
+    assert settings.get('lora_r', trained.lora_r) == trained.lora_r
+    said = [(settings['micro_batch_size'], re.search(r'Costs ([\d.]+) GiB of GPU memory by formula', head)[1])]
+    said += [(int(n), peak) for n, peak in re.findall(r'micro_batch_size = (\d+) takes ([\d.]+\d)', head)]
+    for n, peak in said:
+        need = memory_needed(stage, llm, tower, step(n, ranks=ranks), trained)
+        assert gib(need['peak']) == peak
+        for frozen in re.findall(r'([\d.]+) of them frozen', head):
+            assert gib(need['frozen']) == frozen
 
 
 def test_every_command_of_the_page_takes_a_batch_that_the_table_says_fits(plan):

@@ -19,6 +19,7 @@ from conftest import REPO, assert_close_run, read_log, run_here
 from PIL import Image
 
 import data
+import gates
 import lists
 import media
 import shards
@@ -125,8 +126,8 @@ def test_every_command_of_the_page_on_your_own_data_runs_in_its_order(checkout, 
         assert (out / name).exists(), name
     passed = set()
     for stage in 'a1', 'a2', 'b2', 'b3', 'b4':
-        gates = json.loads((out / f'mine_{stage}' / 'gates.json').read_text())['gates']
-        passed |= {gate['name'] for gate in gates if gate['passed']}
+        judged = json.loads((out / f'mine_{stage}' / 'gates.json').read_text())['gates']
+        passed |= {gate['name'] for gate in judged if gate['passed']}
     assert passed >= {'frozen weights changed (sha256)', 'media in two splits, or twice in one'}
     status, _ = run('python build_b2.py configs/mine_b2.py', '--out_dir=out/two', '--n_eval=60')
     assert FAILS[-1] in status
@@ -145,6 +146,11 @@ def read_line(folder, **change):
     """read_manifest of a line with something changed in it."""
     (folder / 'sounds.jsonl').write_text(json.dumps({'id': '1', 'source': 'mine', 'text': 'a bell', **change}))
     shards.read_manifest(folder / 'sounds.jsonl', BadSamples(folder / 'bad.jsonl', 0))
+
+
+def read_row(folder):
+    (folder / 'sounds.csv').write_text('file_name,caption_1\na.wav,a dog, barking\n')
+    shards.read_sound_folder(folder, folder / 'sounds.csv', BadSamples(folder / 'bad.jsonl', 0))
 
 
 def read_link(folder):
@@ -205,9 +211,11 @@ PROVOKE = {
     'wanted it in the first': lambda folder: read_chat(folder, captions=True, conversations=[
         QUESTION, ANSWER, SHOWN, ANSWER]),
     'to evaluate on: add data or lower n_eval and n_golden': split_too_few,
+    'this run would fail at its end': lambda folder: gates.end_doomed(gates.label_gates(8, 2, 0, 0.01)),
     'silent in its first': lambda folder: read_sound(folder, np.zeros(8000)),
     'truncated': lambda folder: read_sound(folder, np.full(8000, 0.5), n_bytes=5000),
     'not a whole sound': lambda folder: read_sound(folder, np.zeros(0), n_bytes=3),
+    'a text with commas stands in quotes': read_row,
     'neither image nor audio': read_line,
     'wanted some': lambda folder: read_line(folder, audio='a.wav', text=''),
     'which is not Unicode': lambda folder: read_text(folder, 'x \ud83d'),

@@ -18,7 +18,7 @@ from transformers import (
 
 from media import write_sound
 from tools.memory import KNOWN
-from tools.synthetic import WORDS, caption, chat, text
+from tools.synthetic import caption, chat, text
 
 # the ids after Qwen3's vocabulary, in their order; those of the second line are no special tokens
 SPECIAL = ('endoftext im_start im_end object_ref_start object_ref_end box_start box_end quad_start quad_end '
@@ -130,7 +130,7 @@ def write_texts(path, n, rng):
 
 
 def make_data(root, n_pictures, n_sounds):
-    """What the real configs name below data/: LLaVA-Pretrain, LLaVA-Instruct, AudioCaps, Clotho, plain texts."""
+    """What the real configs name below data/: LLaVA-Pretrain, LLaVA-Instruct, Clotho, plain texts."""
     rng = np.random.default_rng(0)
     data = root / 'data'
     write_llava(data / 'LLaVA-Pretrain' / 'blip_laion_cc_sbu_558k.json', data / 'LLaVA-Pretrain' / 'images', caption,
@@ -141,18 +141,13 @@ def make_data(root, n_pictures, n_sounds):
     write_texts(data / 'replay_text.jsonl', 64, rng)
     clotho = data / 'Clotho'
     (clotho / 'development').mkdir(parents=True)
-    (data / 'AudioCaps').mkdir()
-    with open(clotho / 'clotho_captions_development.csv', 'w', newline='') as captions, \
-            open(data / 'AudioCaps' / 'manifest.jsonl', 'w') as manifest:
+    with open(clotho / 'clotho_captions_development.csv', 'w', newline='') as captions:
         table = csv.writer(captions)
         table.writerow(['file_name', *(f'caption_{k}' for k in range(1, 6))])
         for k in range(n_sounds):
-            name = f'{" ".join(rng.choice(WORDS, 2))} {k}.wav'
+            name = f'a sound {k}.wav'                  # Clotho's have spaces in them
             write_clip(clotho / 'development' / name, rng, rng.uniform(15, 30))
             table.writerow([name, *(text(rng, rng.integers(8, 20)) for _ in range(5))])
-            write_clip(data / 'AudioCaps' / f'{k}.wav', rng, 10)
-            manifest.write(json.dumps({'id': str(k), 'source': 'AudioCaps', 'audio': f'{k}.wav',
-                                       'text': text(rng, 9)}) + '\n')
 
 
 def make_all(root, llm, llm_shape, tower_shape, n_layers, n_pictures, n_sounds, tokenizer='', codecs=True):

@@ -85,11 +85,12 @@ def commands(stage):
     pictures = 'data/LLaVA-Pretrain/images/00000'
     if stage == 'sample':
         picture = f'{pictures}/000000000.jpg'
+        sound = 'data/Clotho/development/a sound 0.wav'
         short = '--max_new_tokens=8'
         return [[out.format('a1'), '--image', picture, short],
                 [out.format('a2'), '--image', picture, '--prompt', 'What is in this picture?', short],
-                [out.format('b4'), '--image', picture, '--audio', 'data/AudioCaps/0.wav', '--draw', 'a red car',
-                 '--sound', 'a dog', short]]
+                [out.format('b4'), '--image', picture, '--audio', sound, '--draw', 'a red car', '--sound', 'a dog',
+                 short]]
     if stage == 'export':
         return [[out.format(run), '--export', f'out/{run}_export'] for run in ('a2', 'b4')]
     config = f'configs/{stage}_qwen3_{size}.py'
