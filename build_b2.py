@@ -381,7 +381,7 @@ too_many.entries |= all_gather(bad_samples.entries)[0]
 wait_at_most(timeout)                                  # until here a day: every file had to be read
 n_made_media = 0
 n_made_captions = 0
-start = time.time()
+start = time.perf_counter()                            # a clock that nobody sets back
 shown = Progress(len(missing), 'shards', active=rank == 0)
 encoded = {}                                           # of the shard at work
 for name, files, batch, is_last, arrays in read_ahead(batches_of(take_shards(work, missing))):
@@ -394,7 +394,7 @@ for name, files, batch, is_last, arrays in read_ahead(batches_of(take_shards(wor
         encoded = {}
         shown.update(world_size)                       # the other ranks are about as far
 shown.close()
-seconds = time.time() - start
+seconds = time.perf_counter() - start
 barrier()                                              # of the last shards some take longer
 seconds = max(all_gather(seconds))
 n_made_media = int(all_sum(n_made_media))

@@ -474,6 +474,8 @@ def new_figure(width, height):
 def lock_run(out_dir):
     """Claim out_dir for this process, as long as it keeps what this returns; exits with one line if another has it."""
     path = Path(out_dir)
+    if not str(out_dir):                               # Path('') is where the command was typed
+        raise SystemExit("out_dir = '': wanted a folder")
     try:
         path.mkdir(parents=True, exist_ok=True)
         lock = FileLock(path / '.lock', timeout=0)     # the system gives it up when the process dies, kill -9 included

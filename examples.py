@@ -217,9 +217,8 @@ class Chosen(Sequence):
 
 def media_sha256(path, kind='file'):
     """Of the bytes of a media file; raises BadSample for one that cannot be read, a pipe or a device among them."""
+    require_media_file(path, kind)
     try:
-        if not stat.S_ISREG(os.stat(path).st_mode):    # a pipe would be waited for, a device has no end
-            raise BadSample(f'{path}: cannot read this {kind} (it is no file)')
         return sha256_file(path)
     except OSError as e:
         raise BadSample(f'{path}: cannot read this {kind} ({e.strerror})')
@@ -228,7 +227,7 @@ def media_sha256(path, kind='file'):
 def require_media_file(path, kind='file'):
     """BadSample for a media file that cannot be read, as far as that can be told without reading it."""
     try:
-        if not stat.S_ISREG(os.stat(path).st_mode):
+        if not stat.S_ISREG(os.stat(path).st_mode):    # a pipe would be waited for, a device has no end
             raise BadSample(f'{path}: cannot read this {kind} (it is no file)')
     except (OSError, ValueError) as e:
         raise BadSample(f'{path}: cannot read this {kind} ({getattr(e, "strerror", None) or e})')

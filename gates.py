@@ -134,7 +134,9 @@ def text_gates(name, predictions, distinct, commonest, malformed, own_truth=None
     """
     made, true = grounding.prediction_shares(predictions)
     gates = [
-        at_least(f'{name}: different ones', made['distinct'], distinct * true['distinct']),
+        # a single text differs from all others
+        at_least(f'{name}: different ones', made['distinct'] if len(predictions) > 1 else math.nan,
+                 distinct * true['distinct']),
         at_most(f'{name}: the commonest one', made['commonest'], true['commonest'] + commonest),
         at_most(f'{name}: stammering', made['stammering'], true['stammering'] + malformed),
         at_most(f'{name}: empty', made['empty'], true['empty'] + malformed),
@@ -290,7 +292,9 @@ def collapse_gates(task, codes, decoded, distinct, pixel_std=None, rms=None, spe
     """
     codes = np.asarray(codes)
     different = {row.tobytes() for row in codes}       # outputs that differ in at least one code
-    gates = [at_least(f'{task}: distinct outputs', len(different) / max(len(codes), 1), distinct)]
+    # of one output all are distinct, of two at least half: fewer than 8 say nothing
+    share = len(different) / len(codes) if len(codes) >= 8 else math.nan
+    gates = [at_least(f'{task}: distinct outputs', share, distinct)]
 
     def mean_of(measure):
         values = [measure(np.asarray(x, dtype=np.float64)) for x in decoded]

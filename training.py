@@ -35,6 +35,8 @@ def open_run(out_dir, resume, rank):
     is_there = has_checkpoint(out / 'ckpt')
     if is_there and not resume:
         raise SystemExit(f'{out_dir} holds a checkpoint: set resume = True to go on with it, or another out_dir')
+    if rank == 0 and resume and not is_there:
+        print(f'{out_dir} holds no checkpoint yet: this run begins at its first step')
     if rank == 0 and not is_there and not (out / 'split.json').exists():
         (out / 'bad_samples.jsonl').unlink(missing_ok=True)    # of a run that came to nothing: they are met anew
     return out, is_there

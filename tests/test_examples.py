@@ -16,7 +16,7 @@ import examples as prepared
 from columns import sealed_columns
 from templates import ChatTemplate
 from data import ShuffledSampler, choose_split, load_split
-from examples import Chosen, Examples, prepare
+from examples import Chosen, Examples, media_sha256, prepare, require_media_file
 from lists import Root, json_values, read_llava, read_text_lines
 from media import BadSample, BadSamples
 
@@ -300,3 +300,9 @@ def test_a_split_reads_the_pictures_that_are_held_out_and_those_of_their_sizes(t
     paths = [example.item.images[0] for example in listed]
     wanted = [path for path in paths if os.path.getsize(path) in sizes]
     assert sorted(read) == sorted(wanted) and len(read) < 60
+
+
+@pytest.mark.parametrize('read', [media_sha256, require_media_file])
+def test_a_name_that_no_file_can_have_is_a_bad_sample(read):
+    with pytest.raises(BadSample, match='cannot read this image'):
+        read('a\0.png', 'image')

@@ -180,6 +180,7 @@ def test_a_model_that_generates_nothing_or_noise_or_the_same_thing_has_collapsed
         return verdicts(gates.collapse_gates('t2a', codes, waves, distinct=0.5, rms=0.01, spectral_std=6.0))
     assert of_pictures(codes, pictures) == [True, True]
     assert of_pictures([[1]] * 8, pictures) == [False, True]
+    assert of_pictures(codes[:7], pictures[:7]) == [False, True]       # too few: of one, all are distinct
     assert of_pictures(codes, [np.full((3, 8, 8), 7)] * 8) == [True, False]
     assert of_sounds(codes, tones) == [True, True, True]
     assert of_sounds(codes, [0 * t] * 8) == [True, False, False]

@@ -156,6 +156,7 @@ GOOD = [predicted(f'a {word} thing', f'one {word} thing') for word in 'abcdefgh'
     ([s._replace(is_cut=True) for s in GOOD], ['cut']),
     ([s._replace(text=GOOD[i - 1].text) for i, s in enumerate(GOOD)], ['nearer']),
     ([], ['different ones', 'the commonest one', 'stammering', 'empty', 'cut', 'nearer']),
+    (GOOD[:1], ['different ones', 'nearer']),          # alone it is like no other
     (GOOD[:7], ['nearer'])])                           # too few for an interval
 def test_one_fault_of_what_is_said_fails_its_gate(texts, failed):
     found = gates.text_gates('captions', texts, distinct=0.5, commonest=0.1, malformed=0.1, own_truth=0.01)

@@ -26,10 +26,12 @@ from watch import WATCH
 # a run
 
 
-def test_a_folder_with_a_checkpoint_is_only_gone_on_with_when_asked(tmp_path, monkeypatch):
+def test_a_folder_with_a_checkpoint_is_only_gone_on_with_when_asked(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(training, 'HELD_LOCKS', [])
     out = tmp_path / 'run'
     assert open_run(str(out), True, 0) == (out, False)     # nothing to resume: a new run
+    assert capsys.readouterr().out == f'{out} holds no checkpoint yet: this run begins at its first step\n'
+    assert refusal(open_run, '', False, rank=0) == "out_dir = '': wanted a folder"
     assert 'another run is writing here' in refusal(open_run, out, False, rank=0)
     training.HELD_LOCKS.clear()
     save(out / 'ckpt', 1)
