@@ -40,6 +40,11 @@ lock = lock_run(out_dir)
 out = Path(out_dir)
 if not Path(base_config).is_file():
     raise SystemExit(f'base_config = {base_config!r}: no such file; wanted a config of train_a1.py')
+for key, values in grid.items():
+    if not isinstance(values, list | tuple):
+        raise SystemExit(f'grid = {grid!r}: {key} has {values!r}, wanted a list of values')
+if nproc_per_node < 1:
+    raise SystemExit(f'nproc_per_node = {nproc_per_node}: wanted at least 1')
 points = [dict(zip(grid, values)) for values in itertools.product(*grid.values())]
 if not grid or not points:
     raise SystemExit(f'grid = {grid!r} has no point: every setting in it needs at least one value')
@@ -122,8 +127,8 @@ for point in points:
         process = None
         if not end_of(folder):
             leave_if_stopped()
-            raise SystemExit(f'{folder}: the run ended early (exit status {status}); '
-                             'start the sweep again to go on with it')
+            raise SystemExit(f'{folder}: the run ended early (exit status {status}) with the line above; start '
+                             'the sweep again to go on with it')
     epoch_samples = first_record(folder)['epoch_samples']
     split = folder / 'split.json'
 

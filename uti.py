@@ -533,9 +533,12 @@ if __name__ == '__main__':
     config = configure(globals(), required=('llm',))
     # -----------------------------------------------------------------------------
 
-    for name, least in {'n_items': 1, 'n_alone': 1, 'n_shown': 0, 'max_bad_samples': 0}.items():
+    for name, least in {'n_items': 1, 'n_alone': 1, 'n_shown': 0, 'max_bad_samples': 0, 'image_size': 0,
+                        'audio_codebooks': 0}.items():
         if config[name] < least:
             raise SystemExit(f'{name} = {config[name]}: wanted at least {least}')
+    if not clip_seconds > 0:
+        raise SystemExit(f'clip_seconds = {clip_seconds}: wanted more than 0')
 
     # the token space
     lock = lock_run(out_dir)                           # held until this process ends
@@ -582,8 +585,8 @@ if __name__ == '__main__':
     for modality in read:
         items[modality] = first_usable(listed[modality], read[modality], n_items, bad_samples)
         if not items[modality]:
-            raise SystemExit(f'the data has no {modality} that can be read: see data_json, manifest_jsonl '
-                                 'and sound_dir')
+            named = 'sound_dir' if sound_dir and modality == 'audio' else 'data_json and manifest_jsonl'
+            raise SystemExit(f'the data has no {modality} that can be read: see {named}')
 
     # the same ids again: in another order, alone, in another process
     elsewhere = encode_in_another_process(build_settings, items)

@@ -225,6 +225,8 @@ def test_a_codec_whose_ids_depend_on_company_fails_the_audit(world_b, tmp_path, 
 
 
 @pytest.mark.parametrize('arg, baseline, message', [
+    ('--clip_seconds=0', None, 'clip_seconds = 0.0: wanted more than 0'),
+    ('--audio_codebooks=-1', None, 'audio_codebooks = -1: wanted at least 0'),
     ('--n_alone=0', None, 'n_alone = 0: wanted at least 1'), ('--n_shown=-1', None, 'n_shown = -1: wanted at least 0'),
     ('--n_items=0', None, 'n_items = 0: wanted at least 1'), ('--n_shown=0', '{"psnr": ', 'not what an earlier run'),
     ('--n_shown=0', '[]', 'not what an earlier run'), ('--n_shown=0', '{"psnr": null}', 'not what an earlier run')])

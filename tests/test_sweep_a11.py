@@ -99,7 +99,8 @@ def test_a_restart_skips_finished_runs_and_none_that_passed_is_an_error(swept, f
 
 @pytest.mark.parametrize('flag, found', [
     ('--base_config=none.py', 'no such file'),
-    ('--grid={}', 'has no point'),
+    ('--grid={}', 'has no point'), ("--grid={'learning_rate': 1e-3}", 'learning_rate has 0.001, wanted a list'),
+    ('--nproc_per_node=0', 'wanted at least 1'),
     ("--grid={'learning_rat': [1.0]}", 'the run ended early')])
 def test_bad_input_gets_one_line(flags, tmp_path, flag, found):
     code, _ = sweep(*flags, f'--out_dir={tmp_path}', flag)
