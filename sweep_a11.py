@@ -21,7 +21,7 @@ import sys
 from pathlib import Path
 
 import gates
-from common import finite, first_line, lock_run, new_figure, write_atomic
+from common import first_line, lock_run, new_figure, write_atomic
 from configure import configure, run_config
 
 # -----------------------------------------------------------------------------
@@ -163,7 +163,7 @@ for point in points:
     })
 results.sort(key=lambda result: result['score'])
 best = next((result for result in results if result['gates_passed']), None)
-write_atomic(out / 'sweep.json', json.dumps(finite({'settings': config, 'runs': results, 'best': best}), indent=1))
+write_atomic(out / 'sweep.json', json.dumps({'settings': config, 'runs': results, 'best': best}, indent=1))
 
 
 def cell(value):
