@@ -16,7 +16,8 @@ from configure import configure
 SCRIPTS = {'a1': 'train_a1.py', 'a11': 'sweep_a11.py', 'a2': 'train_a2.py', 'b1': 'uti.py', 'b2': 'build_b2.py',
            'b3': 'train_b3.py', 'b4': 'train_b4.py'}
 CONFIGS = sorted((REPO / 'configs').glob('*.py'))
-SOURCES = [*sorted(REPO.glob('*.py')), *sorted(REPO.glob('small/*.py')), *sorted(REPO.glob('tools/*.py'))]
+FOLDERS = 'small', 'emoji', 'tools'
+SOURCES = [path for folder in ('.', *FOLDERS) for path in sorted(REPO.glob(f'{folder}/*.py'))]
 PAGES = [REPO / 'README.md', *sorted(REPO.glob('docs/*.md')), *SOURCES, *CONFIGS]
 
 
@@ -148,6 +149,8 @@ GROUPS = (
     ('small.models',),
     ('small.make',),
     ('small.score',),
+    ('emoji.pictures',),
+    ('emoji.tower', 'emoji.score'),
     ('tools', 'tools.bench', 'tools.check_data', 'tools.convert', 'tools.export', 'tools.many_shards', 'tools.memory',
      'tools.report', 'tools.synthetic'),
     ('tools.bench_codecs',),
@@ -156,13 +159,14 @@ GROUPS = (
     ('train_a1', 'sweep_a11', 'train_a2', 'build_b2', 'train_b3', 'train_b4', 'sample'),
 )
 USE_WHAT_STANDS_ABOVE_AS_A_SCRIPT = 'uti', 'gates'
-OUT_OF_ITS_FOLDER = ('sample', 'tools'), ('tools.check', 'small')   # the latter so that ensure() builds nothing
+# tools.check so that ensure() builds nothing; the tower is trained as the small world's is
+OUT_OF_ITS_FOLDER = ('sample', 'tools'), ('tools.check', 'small'), ('emoji.tower', 'small')
 
 
 def modules_below(root):
-    """{name: path} of the modules at the top, in small/ and in tools/."""
+    """{name: path} of the modules at the top and in FOLDERS."""
     modules = {}
-    for path in [*root.glob('*.py'), *root.glob('small/*.py'), *root.glob('tools/*.py')]:
+    for path in [path for folder in ('.', *FOLDERS) for path in root.glob(f'{folder}/*.py')]:
         name = '.'.join(path.relative_to(root).with_suffix('').parts)
         modules[name.removesuffix('.__init__')] = path
     return modules
@@ -185,7 +189,7 @@ def imports_of(name, modules):
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f'{name}: a relative import'
             imported |= {node.module, *(f'{node.module}.{alias.name}' for alias in node.names)}
-    return imported & modules.keys() - {'small', 'tools'}   # of a folder always one of its modules is meant
+    return imported & modules.keys() - set(FOLDERS)   # of a folder always one of its modules is meant
 
 
 def wrong_imports(root):
@@ -199,7 +203,7 @@ def wrong_imports(root):
             stays_inside = folder == name.split('.')[0]
             if group_of[other] >= group_of[name]:
                 wrong.append(f'{name} imports {other}, which does not stand below it')
-            elif folder in ('small', 'tools') and not stays_inside and (name, folder) not in OUT_OF_ITS_FOLDER:
+            elif folder in FOLDERS and not stays_inside and (name, folder) not in OUT_OF_ITS_FOLDER:
                 wrong.append(f'{name} imports {other} out of {folder}/')
     return wrong
 
@@ -235,7 +239,7 @@ def test_each_kind_of_wrong_import_is_noticed(name, source, complaint, tmp_path)
     (tmp_path / 'small').mkdir()
     (tmp_path / 'tools').mkdir()
     tree = {module: '' for group in GROUPS for module in group} | RIGHT_IMPORTS
-    for module in 'small', 'tools':
+    for module in FOLDERS:
         tree[f'{module}.__init__'] = tree.pop(module)
 
     def write(name, source):
