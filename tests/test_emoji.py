@@ -142,7 +142,7 @@ def test_svg_is_drawn(packages):
 
 def test_a_tower_is_trained_and_loads(packages):
     write_all()
-    tower.make_tower(n_steps=2, batch=4, n_others=3)
+    tower.make_tower(rounds=[(2, 1e-3, 1.0), (1, 1e-3, 0.5)], batch=4, n_others=3)
     report = read_json(packages / 'vision' / 'report.json')
     assert report['names'] == 8 and report['pictures'] == len(read_json(packages / 'captions.json'))
     features = load_tower(str(packages / 'vision'))(tower.torch.zeros(1, 3, 64, 64, dtype=tower.torch.uint8))
