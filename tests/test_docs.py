@@ -102,7 +102,7 @@ def test_every_command_that_is_shown_parses(page, command):
     if words[0] == 'make':
         return check_make(words[1:])
     if words[0] not in ('python', 'torchrun'):
-        assert words[0] in ('git', 'cd', 'pip', 'source'), command
+        assert words[0] in ('git', 'cd', 'pip', 'source', 'npm'), command
         return
     written = files_written_by_the_reader(page)
     if '-m' in words:
