@@ -1,0 +1,1 @@
+"""A real example: emoji of five artists to a real language model, with their names."""

@@ -149,7 +149,7 @@ GROUPS = (
     ('small.models',),
     ('small.make',),
     ('small.score',),
-    ('emoji.pictures',),
+    ('emoji', 'emoji.pictures'),
     ('emoji.tower', 'emoji.score'),
     ('tools', 'tools.bench', 'tools.check_data', 'tools.convert', 'tools.export', 'tools.many_shards', 'tools.memory',
      'tools.report', 'tools.synthetic'),
