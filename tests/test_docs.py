@@ -236,8 +236,8 @@ RIGHT_IMPORTS = {
     ('train_a2', 'import train_a1', 'train_a2 imports train_a1, which'),
     ('helpers', '', 'helpers is in no group')])
 def test_each_kind_of_wrong_import_is_noticed(name, source, complaint, tmp_path):
-    (tmp_path / 'small').mkdir()
-    (tmp_path / 'tools').mkdir()
+    for folder in FOLDERS:
+        (tmp_path / folder).mkdir()
     tree = {module: '' for group in GROUPS for module in group} | RIGHT_IMPORTS
     for module in FOLDERS:
         tree[f'{module}.__init__'] = tree.pop(module)
