@@ -25,8 +25,8 @@ import numpy as np
 
 import gates
 from common import (
-    Progress, all_gather, all_sum, barrier, canonical, gather_in_order, in_parts, init_ranks, lock_run, provenance,
-    read_sealed, shutdown_ranks, write_atomic, write_sealed)
+    Progress, all_gather, all_sum, barrier, canonical, from_rank_0, gather_in_order, in_parts, init_ranks, lock_run,
+    provenance, read_sealed, shutdown_ranks, write_atomic, write_sealed)
 from configure import configure
 from data import collate
 from lists import UniqueIds, read_llava
@@ -288,7 +288,7 @@ if rank == 0:
     for path in work.glob('*.taken'):                  # of a start before this one
         path.unlink()
 barrier()
-names, samples_sha256 = all_gather((names, samples_sha256))[0]
+names, samples_sha256 = from_rank_0((names, samples_sha256))
 del hashes, reasons
 
 # -----------------------------------------------------------------------------
@@ -377,7 +377,7 @@ finished = gather_in_order(finished)
 missing = [name for name, is_there in zip(names, finished) if not is_there]
 # ends the run as soon as a rank has met too many; bad_samples.jsonl is written in the end, from all shards
 too_many = BadSamples(out / 'bad_samples.jsonl', max_bad_samples, active=False)
-too_many.entries |= all_gather(bad_samples.entries)[0]
+too_many.entries |= from_rank_0(bad_samples.entries)
 wait_at_most(timeout)                                  # until here a day: every file had to be read
 n_made_media = 0
 n_made_captions = 0

@@ -131,7 +131,16 @@ def on_rank_0(function, *args, **named):
     if not dist.is_initialized() or dist.get_rank() == 0:
         result = function(*args, **named)
     barrier()
-    return all_gather(result)[0]
+    return from_rank_0(result)
+
+
+def from_rank_0(obj):
+    """Rank 0's obj, on every rank: sent to each, where all_gather would hold as many of its size as there are ranks."""
+    objs = [obj]
+    if dist.is_initialized():
+        with WATCH.collective():
+            dist.broadcast_object_list(objs, src=0)
+    return objs[0]
 
 
 def gather_in_order(results):
@@ -485,6 +494,24 @@ def lock_run(out_dir):
     except OSError as e:
         raise SystemExit(f'{out_dir}: cannot write here ({e.strerror}); set another out_dir')
     return lock
+
+
+@contextmanager
+def one_process_at_a_time(path, what):
+    """Hold the lock in this file while in the block; a line says so when another process has it. what: it is doing."""
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=LOCK_SECONDS)
+    except Timeout:
+        print(f'another process {what}: waiting for it ({path} is locked)', flush=True)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+LOCK_SECONDS = 5.0                                     # without a line
 
 
 def processor_name():

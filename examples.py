@@ -12,10 +12,8 @@ from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
-from filelock import FileLock
-
 from columns import ColumnWriter, open_columns, pack_texts, sealed_columns, text_at
-from common import all_gather, barrier, canonical, gather_in_order, on_rank_0, read_sealed, sha256_file
+from common import barrier, canonical, gather_in_order, on_rank_0, one_process_at_a_time, read_sealed, sha256_file
 from lists import Item, Root, llava_items, text_lines
 from media import BadSample
 
@@ -329,23 +327,9 @@ def picture_keys(paths, folder, rank=0, world_size=1):
     """uint8 (paths, 32), the sha256 of each picture, zeros for one that cannot be read; on every rank.
 
     A picture whose size and time are those that the folder has a key for, by remember_pictures, is not read again; the
-    ranks share the others. Returns also the stamps that are new, for remember_pictures, or None.
+    ranks share the others. Returns also, on rank 0, the stamps that are new, for remember_pictures, or None.
     """
-    keys = np.zeros((len(paths), 32), np.uint8)
-    stamps = None
-    unknown = None
-    if rank == 0:
-        stamps = np.array([stamp_of(path) for path in paths], np.int64).reshape(-1, 2)
-        is_known = stamps[:, 0] < 0                    # no file: nothing to read
-        file = keys_file(paths, folder)
-        if sealed_columns(file) is not None:
-            columns = open_columns(file)
-            had = (columns['stamps'].reshape(-1, 2) == stamps).all(axis=1)
-            keys[had] = columns['keys'].reshape(-1, 32)[had]
-            is_known |= had
-        unknown = np.flatnonzero(~is_known).tolist()
-    barrier()
-    keys, unknown = all_gather((keys, unknown))[0]
+    keys, stamps, unknown = on_rank_0(known_keys, paths, folder)
     digests = []
     for i in unknown[rank::world_size]:
         try:
@@ -355,7 +339,22 @@ def picture_keys(paths, folder, rank=0, world_size=1):
     barrier()
     for i, digest in zip(unknown, gather_in_order(digests), strict=True):
         keys[i] = list(digest)
-    return keys, stamps if unknown else None
+    return keys, stamps if rank == 0 and len(unknown) else None
+
+
+def known_keys(paths, folder):
+    """(uint8 (paths, 32), the keys that the folder has; int64 (paths, 2), stamps of the files now; the numbers of those
+    that have to be read)."""
+    keys = np.zeros((len(paths), 32), np.uint8)
+    stamps = np.array([stamp_of(path) for path in paths], np.int64).reshape(-1, 2)
+    is_known = stamps[:, 0] < 0                        # no file: nothing to read
+    file = keys_file(paths, folder)
+    if sealed_columns(file) is not None:
+        columns = open_columns(file)
+        had = (columns['stamps'].reshape(-1, 2) == stamps).all(axis=1)
+        keys[had] = columns['keys'].reshape(-1, 32)[had]
+        is_known |= had
+    return keys, stamps, np.flatnonzero(~is_known)
 
 
 def keys_file(paths, folder):
@@ -416,7 +415,7 @@ def prepared_file(kind, path, template, bad_samples, image_root, max_images):
     name = f'{kind}s-{hashlib.sha256(key.encode()).hexdigest()[:16]}.safetensors'
     root = Root(image_root)
     folder = writable_folder(Path(path), name)
-    with FileLock(folder / f'.{name}.lock'):
+    with one_process_at_a_time(folder / f'.{name}.lock', f'prepares {path}'):
         sealed = sealed_columns(folder / name)
         if sealed is not None and links_are_as_they_were(folder / name, root, sealed['links_out']):
             enter_bad_samples(sealed, bad_samples)

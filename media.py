@@ -16,7 +16,7 @@ import numpy as np
 import soxr
 from PIL import ExifTags, Image, ImageDraw, ImageFile, PngImagePlugin
 
-from common import all_gather, barrier, first_line, write_atomic
+from common import all_gather, barrier, first_line, one_line_io_errors, write_atomic
 
 MAX_PIXELS = 64_000_000                                # about 8,000 x 8,000; PIL's limit only warns below twice 89 M
 MAX_IMAGE_BYTES = 8 * MAX_PIXELS                       # as many as 16-bit RGBA takes: some formats are read whole
@@ -67,7 +67,7 @@ class BadSamples:
         self.entries.add(entry)
         self.require_few(reason)
         if self.active:
-            with open(self.path, 'a') as f:
+            with one_line_io_errors(self.path), open(self.path, 'a') as f:
                 f.write(json_line(entry))
 
     def gather(self):

@@ -18,13 +18,13 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from filelock import FileLock
 from torch import nn
 from transformers import AttentionInterface, CLIPVisionModel, Dinov2Model, SiglipVisionModel
 from transformers.utils import cached_file
 
 from common import (
-    all_gather, barrier, first_line, in_parts, progress, read_sealed, sha256_file, sha256_tensors, write_sealed)
+    all_gather, barrier, first_line, in_parts, one_process_at_a_time, progress, read_sealed, sha256_file,
+    sha256_tensors, write_sealed)
 from decoders import (
     SHORT, embedding_rms, hidden_states, load_config, load_llm, precision_of, pretrained, text_losses)
 from examples import picture_keys, remember_pictures
@@ -455,7 +455,7 @@ def make_part(folder, name, tower, pictures, read, device, batch_size):
     seal = file.with_suffix('.json')                   # written last: where both are, the features are whole
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f'{file}.lock'):
+        with one_process_at_a_time(f'{file}.lock', f'computes features for {folder}'):
             if not (seal.exists() and file.exists()):
                 write_features(file, tower, pictures, read=read, device=device, batch_size=batch_size)
     except OSError as e:

@@ -31,11 +31,13 @@ class Watch:
         self.lines = []                                # connections of rank 0 and each other rank
 
     def start(self):
+        self.rank = dist.get_rank()                    # its threads outlive the process group
+        self.n_ranks = dist.get_world_size()
         store = dist.distributed_c10d._get_default_store()   # by which the ranks found each other; no public name
         # connections of their own: asking a rank that was stopped takes for ever, and nobody else can ask meanwhile
         self.store = store.clone()
-        self.store.set(f'here/{dist.get_rank()}', '0')
-        self.store.set(f'sign/{dist.get_rank()}', '0')
+        self.store.set(f'here/{self.rank}', '0')
+        self.store.set(f'sign/{self.rank}', '0')
         heard = store.clone()
         self.connect(heard)
         atexit.register(self.fail)
@@ -45,7 +47,7 @@ class Watch:
 
     def connect(self, store):
         """A line from every rank to rank 0: the system closes it when a process ends, however it does."""
-        if dist.get_rank() == 0:
+        if self.rank == 0:
             server = socket.create_server(('', 0))
             word = secrets.token_hex(16)
             store.set('door', f'{server.getsockname()[1]} {word}')
@@ -54,7 +56,7 @@ class Watch:
         port, word = store.get('door').decode().split()
         with suppress(OSError):                        # no way to rank 0 but gloo's, which will do
             line = socket.create_connection((os.environ['MASTER_ADDR'], int(port)), timeout=60)
-            line.sendall(f'{word} {dist.get_rank():8}'.encode())
+            line.sendall(f'{word} {self.rank:8}'.encode())
             self.follow(line, 0, store)
 
     def let_in(self, server, word, store):
@@ -108,10 +110,10 @@ class Watch:
     def in_store(self):
         """Wait until every rank is here, and in no collective: as long as those that are not give signs of life, up to
         a day, since what they do with their disks may take that long."""
-        ranks = range(dist.get_world_size())
+        ranks = range(self.n_ranks)
         self.n_meetings += 1
         with self.collective():
-            self.store.set(f'here/{dist.get_rank()}', str(self.n_meetings))
+            self.store.set(f'here/{self.rank}', str(self.n_meetings))
             began = heard = time.monotonic()
             signs = {}
             pause = 0.002
@@ -132,15 +134,15 @@ class Watch:
 
     def look(self, store):
         told = n_signs = 0
-        while True:
+        while dist.is_initialized():
             time.sleep(min(1.0, 6 * self.minutes))     # a tenth of the time at most
             n_signs += 1
             n = self.n_waits
             since = self.since
             with suppress(RuntimeError):               # rank 0 has ended, and the store with it
-                store.set(f'sign/{dist.get_rank()}', str(n_signs))
+                store.set(f'sign/{self.rank}', str(n_signs))
                 if since is not None and n != told:    # this one takes long enough for the others to hear of it
-                    store.set(f'waiting/{dist.get_rank()}', str(n))
+                    store.set(f'waiting/{self.rank}', str(n))
                     told = n
             if since is not None and time.monotonic() - since > 60 * self.minutes:
                 time.sleep(1)                          # one that has just come has not told yet
@@ -152,7 +154,7 @@ class Watch:
 
     def hear(self, store):
         """Leave when another rank has ended while this one waits: gloo says so itself, NCCL would wait for ever."""
-        while True:
+        while dist.is_initialized():
             time.sleep(1)
             if self.since is None:
                 continue

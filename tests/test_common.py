@@ -20,9 +20,10 @@ import torch.distributed as dist
 
 import common
 from common import (
-    Progress, all_gather, all_sum, barrier, finite, frozen_dtype, gather_in_order, has_checkpoint, in_parts, init_ranks,
-    load_checkpoint, lock_run, on_rank_0, progress, rank_parts, read_sealed, reduce_gradients, require_vacant,
-    save_checkpoint, seed_everything, sha256_tensors, shutdown_ranks, whole_folder, write_atomic, write_sealed)
+    Progress, all_gather, all_sum, barrier, finite, from_rank_0, frozen_dtype, gather_in_order, has_checkpoint,
+    in_parts, init_ranks, load_checkpoint, lock_run, on_rank_0, one_process_at_a_time, progress, rank_parts,
+    read_sealed, reduce_gradients, require_vacant, save_checkpoint, seed_everything, sha256_tensors, shutdown_ranks,
+    whole_folder, write_atomic, write_sealed)
 from watch import WATCH, say_in_a_line, wait_at_most
 
 
@@ -322,6 +323,23 @@ def test_a_second_run_in_a_folder_is_refused_until_the_first_one_is_dead(tmp_pat
     assert lock_run(out_dir).is_locked                 # a killed run leaves its .lock file behind, but not the lock
 
 
+def hold_for_a_moment(path, held):
+    with one_process_at_a_time(path, 'counts'):
+        held.send(True)
+        time.sleep(1.0)
+
+
+def test_a_process_that_waits_for_another_one_says_so(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(common, 'LOCK_SECONDS', 0.1)
+    path = tmp_path / '.lock'
+    for line in f'another process counts: waiting for it ({path} is locked)\n', '':
+        if line:
+            _, held = start(hold_for_a_moment, path)
+            assert held.recv()
+        with one_process_at_a_time(path, 'counts'):
+            assert capsys.readouterr().out == line
+
+
 def test_a_folder_that_cannot_be_written_is_refused_in_one_line(tmp_path):
     (tmp_path / 'file').write_text('')
     assert refusal(lock_run, tmp_path / 'file' / 'run') == (
@@ -418,6 +436,7 @@ def collectives(rank):
         'in order': gather_in_order('abcde'[rank::2]),
         'few in order': gather_in_order('a'[rank::2]),
         'of rank 0': on_rank_0([3, 1].index, [3, 1][rank]),
+        'sent': from_rank_0([{'rank': rank}, rank]),
     }
 
 
@@ -428,6 +447,7 @@ def test_two_ranks_add_their_gradients_sum_in_float64_and_gather_in_order():
         assert found['sum'] == 16777219.5              # float32 has no such number
         assert found['gathered'] == [{'rank': 0, 'ids': 'a'}, {'rank': 1, 'ids': 'ab'}]
         assert (found['in order'], found['few in order'], found['of rank 0']) == (list('abcde'), ['a'], 0)
+        assert found['sent'] == [{'rank': 0}, 0]
 
 
 @pytest.mark.parametrize('stopped, wait_for_it', [(0, all_sum), (2, all_sum), (2, lambda _: barrier())])
@@ -488,6 +508,16 @@ def test_a_rank_that_waits_where_nothing_tells_it_hears_of_one_that_has_ended(en
     assert process.exitcode == 1
     said = [line for line in capfd.readouterr().err.splitlines() if line.startswith(f'rank {1 - ended}')]
     assert said == [f'rank {1 - ended}: rank {ended} has ended, its own lines say why']
+
+
+def test_after_the_last_line_of_a_script_nothing_is_said(capfd):
+    def outlive_the_ranks(rank):
+        shutdown_ranks()
+        time.sleep(2.5)                                # the threads look once in a second
+        return rank
+
+    assert results_on_two_ranks(outlive_the_ranks) == [0, 1]
+    assert capfd.readouterr().err == ''
 
 
 @pytest.mark.parametrize('working', [0, 1])

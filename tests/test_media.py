@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import soundfile
 from PIL import Image
+from test_common import no_file_larger_than
 from test_data import one_line
 
 from media import BadSample, BadSamples, contact_sheet, read_audio, read_image, resample, upright_rgb
@@ -31,6 +32,12 @@ def test_bad_samples_are_noted_once_each_up_to_the_limit(tmp_path):
     with pytest.raises(SystemExit) as e:
         bad_samples.add('b', 'another b: why', key='line 9')   # the same id, but another sample
     one_line(e.value, 'another b: why; fix or remove it, or set max_bad_samples above 2 to skip such samples')
+
+
+def test_a_sample_that_a_full_disk_cannot_note_ends_the_run_in_one_line(tmp_path):
+    with no_file_larger_than(0), pytest.raises(SystemExit) as e:
+        BadSamples(tmp_path / 'bad.jsonl', 2).add('a', 'why')
+    one_line(e.value, f'{tmp_path}/bad.jsonl: cannot write here, is the disk full?')
 
 
 def test_a_resumed_run_notes_no_sample_twice(tmp_path):

@@ -869,7 +869,7 @@ def test_a_finished_cache_is_read_without_a_lock_or_a_write(world, gallery, monk
 
     def refuse(*_, **__):
         raise PermissionError(30, 'Read-only file system')
-    for name in 'FileLock', 'write_features':
+    for name in 'one_process_at_a_time', 'write_features':
         monkeypatch.setattr(model, name, refuse)
     monkeypatch.setattr(type(gallery.folder), 'mkdir', refuse)
     again = gallery.fill(world.vlm.tower, gallery.paths)
@@ -895,7 +895,7 @@ def test_a_signal_ends_the_caching_at_once_and_leaves_nothing_half(world, galler
     elif while_it == 'runs the tower':
         monkeypatch.setattr(world.vlm.tower, 'forward', kill)
     else:
-        monkeypatch.setattr(model, 'FileLock', kill)
+        monkeypatch.setattr(model, 'one_process_at_a_time', kill)
     start = time.monotonic()
     try:
         with pytest.raises(SystemExit) as e:
