@@ -105,15 +105,32 @@ def make_audio_codec(folder, n_clips=2000, n_codes=512, n_codebooks=2, frame=800
     generator = torch.Generator().manual_seed(part_seed('audio_codec', seed))
     steps = progress(range(n_clips), 'audio_codec', position=position)
     clips = np.stack([play(random_sound(rng), rng) for _ in steps])
+    model = linear_encodec(clips, RATE, frame, n_codes=n_codes, n_codebooks=n_codebooks, filters=filters,
+                           generator=generator)
+    model.save_pretrained(folder)
+
+    codec = load_audio_codec(folder, clip_seconds=1.0)
+    sounds = [random_sound(rng) for _ in range(n_tested)]
+    original = np.stack([play(sound, rng) for sound in sounds])
+    decoded = codec.decode(codec.encode(torch.from_numpy(original))).numpy()
+    write_report(folder, {'si_snr': si_snr(original, decoded).mean()}, map(hear, decoded), sounds)
+
+
+@torch.no_grad()
+def linear_encodec(clips, rate, frame, n_codes, n_codebooks, filters, generator):
+    """An EnCodec of float32 clips (B, S), S whole frames: a frame times the clips' principal components, then k-means.
+
+    rate: samples a second; frame: samples, a multiple of 5; filters: a fourth of the components, and one.
+    """
     frames = torch.from_numpy(clips).view(-1, frame)
     some = random_points(frames, 8000, generator)
     # the layers in the middle have 4 * filters channels: one is kept for the offset, see become_linear
     components = torch.linalg.svd(some, full_matrices=False)[2][:4 * filters - 1].contiguous()   # (d, frame)
 
     bits = (n_codes - 1).bit_length()
-    bandwidth = n_codebooks * RATE // frame * bits / 1000              # kbit/s of all codebooks
+    bandwidth = n_codebooks * rate // frame * bits / 1000              # kbit/s of all codebooks
     model = EncodecModel(EncodecConfig(
-        sampling_rate=RATE,
+        sampling_rate=rate,
         upsampling_ratios=[frame // 5, 5],
         num_filters=filters,
         hidden_size=len(components),
@@ -129,13 +146,7 @@ def make_audio_codec(folder, n_clips=2000, n_codes=512, n_codebooks=2, frame=800
         layer.codebook.embed.copy_(centres)
         layer.codebook.embed_avg.copy_(centres)
         residual = residual - centres[nearest(residual, centres)]
-    model.save_pretrained(folder)
-
-    codec = load_audio_codec(folder, clip_seconds=1.0)
-    sounds = [random_sound(rng) for _ in range(n_tested)]
-    original = np.stack([play(sound, rng) for sound in sounds])
-    decoded = codec.decode(codec.encode(torch.from_numpy(original))).numpy()
-    write_report(folder, {'si_snr': si_snr(original, decoded).mean()}, map(hear, decoded), sounds)
+    return model
 
 
 @torch.no_grad()

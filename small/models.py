@@ -46,8 +46,11 @@ def optimizers_for(model, learning_rate):
     for name, p in model.named_parameters():
         group = inside if p.ndim == 2 and '.layers.' in name else rest
         group.append(p)
-    return [torch.optim.Muon(inside, lr=learning_rate, weight_decay=0.01, adjust_lr_fn='match_rms_adamw'),
-            torch.optim.AdamW(rest, lr=learning_rate, weight_decay=0.0, betas=(0.9, 0.98))]
+    optimizers = [torch.optim.AdamW(rest, lr=learning_rate, weight_decay=0.0, betas=(0.9, 0.98))]
+    if inside:
+        optimizers.insert(0, torch.optim.Muon(inside, lr=learning_rate, weight_decay=0.01,
+                                              adjust_lr_fn='match_rms_adamw'))
+    return optimizers
 
 
 def descend(model, loss_of_step, n_steps, learning_rate, title, position=0):

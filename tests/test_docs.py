@@ -150,7 +150,8 @@ GROUPS = (
     ('small.make',),
     ('small.score',),
     ('emoji', 'emoji.pictures'),
-    ('emoji.tower', 'emoji.score'),
+    ('emoji.speech', 'emoji.tower', 'emoji.score'),
+    ('emoji.codecs',),
     ('tools', 'tools.bench', 'tools.check_data', 'tools.convert', 'tools.export', 'tools.many_shards', 'tools.memory',
      'tools.report', 'tools.synthetic'),
     ('tools.bench_codecs',),
@@ -159,8 +160,8 @@ GROUPS = (
     ('train_a1', 'sweep_a11', 'train_a2', 'build_b2', 'train_b3', 'train_b4', 'sample'),
 )
 USE_WHAT_STANDS_ABOVE_AS_A_SCRIPT = 'uti', 'gates'
-# tools.check so that ensure() builds nothing; the tower is trained as the small world's is
-OUT_OF_ITS_FOLDER = ('sample', 'tools'), ('tools.check', 'small'), ('emoji.tower', 'small')
+# tools.check so that ensure() builds nothing; the tower and the codecs are made as the small world's are
+OUT_OF_ITS_FOLDER = ('sample', 'tools'), ('tools.check', 'small'), ('emoji.tower', 'small'), ('emoji.codecs', 'small')
 
 
 def modules_below(root):

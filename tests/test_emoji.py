@@ -1,17 +1,21 @@
 import io
 import json
 import random
+import sys
 import tarfile
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from codec import load_audio_codec, load_image_codec
 from conftest import read_json
-from emoji import pictures, score, tower
+from emoji import codecs, pictures, score, speech, tower
 from lists import read_llava
 from media import BadSamples, read_image
 from model import load_tower
+from shards import read_manifest
 
 KINDS = {'animal-mammal': ('cat', 'dog', 'fox', 'cow', 'pig', 'bat'), 'food-fruit': ('pear', 'fig', 'apple', 'lime')}
 
@@ -39,6 +43,8 @@ def packages(tmp_path, monkeypatch):
     monkeypatch.setattr(pictures, 'ROOT', tmp_path)
     monkeypatch.setattr(tower, 'ROOT', tmp_path)
     monkeypatch.setattr(score, 'ROOT', tmp_path)
+    monkeypatch.setattr(speech, 'ROOT', tmp_path)
+    monkeypatch.setattr(codecs, 'ROOT', tmp_path)
     monkeypatch.setattr(pictures, 'N_KNOWN', 3)
     monkeypatch.setattr(pictures, 'N_NEW', 2)
     monkeypatch.setattr(pictures, 'SETS', {
@@ -175,3 +181,63 @@ def test_chats_answer_about_their_own_thing(packages):
         for ask, answer in pictures.chat(code, named, random.Random(code)):
             if 'Is this' in ask or 'What is' in ask:
                 assert answer.rstrip('.').endswith(pictures.with_article(named[code].name)[1:])
+
+
+# -----------------------------------------------------------------------------
+# Track B's sounds and codecs
+
+
+class Humming:
+    """In the place of espeak-ng: each letter is a tenth of a second of its own tone."""
+    def say(self, text, voice, speed):
+        tones = [np.sin(np.arange(20 * speed // 5) * (100 + 7 * ord(letter)) / 8000) for letter in text]
+        return (0.5 * np.concatenate(tones)).astype(np.float32)
+
+
+def test_names_are_said_in_all_voices_and_long_ones_left_out(packages):
+    write_all()
+    names = ['cat', 'dog', 'a name that is much too long to be said']
+    assert speech.write_speech(Humming(), names, 'manifest.jsonl') == 2 * len(speech.VOICES) * len(speech.SPEEDS)
+    bad = BadSamples(packages / 'bad.jsonl', 0)
+    sounds = list(read_manifest(packages / 'speech' / 'manifest.jsonl', bad))
+    assert {sound.text for sound in sounds} == {'a cat', 'a dog'} and len({sound.id for sound in sounds}) == 16
+    assert all(Path(sound.path).is_file() for sound in sounds)
+    new, known = speech.names_of('eval_new'), speech.names_of('captions')
+    assert len(new) == 2 and not set(new) & set(known)
+
+
+def test_codecs_are_made_and_load(packages):
+    write_all()
+    codecs.make_image_codec(packages / 'image_codec', n_steps=5, batch=2, n_codes=16)
+    image_codec = load_image_codec(packages / 'image_codec')
+    assert (image_codec.side, image_codec.size, image_codec.codes) == (8, 64, 16)
+    assert read_json(packages / 'image_codec' / 'report.json')['eval_new']['pictures'] == 8
+
+    speech.write_speech(Humming(), ['cat', 'dog', 'fox', 'cow'], 'manifest.jsonl')
+    speech.write_speech(Humming(), ['bat', 'pig'], 'new.jsonl')
+    codecs.make_audio_codec(packages / 'audio_codec', n_codes=64)
+    audio_codec = load_audio_codec(packages / 'audio_codec', clip_seconds=speech.SECONDS)
+    assert (audio_codec.rate, audio_codec.frames, audio_codec.codebooks) == (8000, 26, 2)
+    report = read_json(packages / 'audio_codec' / 'report.json')
+    assert report['sounds'] == 2 and report['recognised'] == 1
+
+
+def test_espeak_says_a_name_at_one_pitch():
+    pytest.importorskip('espeakng_loader')
+    speaker = speech.Speaker()
+    said = {voice: speaker.say('hedgehog', voice, 200) for voice in speech.VOICES}
+    for wave in said.values():
+        assert wave.dtype == np.float32 and 0.3 * speech.RATE < len(wave) < speech.SECONDS * speech.RATE
+        assert 0.1 < np.abs(wave).max() <= 1
+    assert not np.array_equal(said['en-us'][:3000], said['en-gb-scotland'][:3000])
+    vowel = speaker.say('oooooh', 'en-us', 200)[1000:3000]
+    echo = np.correlate(vowel, vowel, 'full')[len(vowel) - 1:]
+    assert abs(40 + echo[40:130].argmax() - 80) <= 2   # a period of 10 ms
+    with pytest.raises(SystemExit, match="has no voice 'nobody'"):
+        speaker.say('cat', 'nobody', 200)
+
+
+def test_without_espeak_the_line_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, 'espeakng_loader', None)
+    with pytest.raises(SystemExit, match=r"pip install '\.\[emoji\]'"):
+        speech.Speaker()
