@@ -75,14 +75,13 @@ def new_scene(rng, used):
     return scene
 
 
-def make_instruct(folder, n=6000, n_pairs=0, seed=1):
+def make_instruct(folder, n=6000, n_pairs=3000, seed=1):
     """LLaVA-Instruct JSON of chats, with the kinds of their questions, over scenes that `captions` does not have: n
-    about a picture, n_pairs about two: none by itself, since A2 does not learn to answer those yet (LOG.md)."""
+    about a picture, n_pairs about two."""
     captions = json.loads((folder.parent / 'captions' / 'truth.json').read_text())
     taken = [as_scene(fields) for fields in captions.values()]
     make_captions(folder, n, seed, kind='instruct', taken=taken)
-    if n_pairs:
-        make_pairs(folder, n_pairs, seed, taken=taken)
+    make_pairs(folder, n_pairs, seed, taken=taken)
 
 
 def make_pairs(folder, n, seed=1, taken=()):

@@ -101,17 +101,21 @@ def score_captions(predictions, root=ROOT):
 
 
 def score_answers(predictions, root=ROOT):
-    """An A2 run, by the kind of question: an answer is right to the letter, a description by its attributes."""
+    """An A2 run, by the kind of question and by how many pictures the chat is about: an answer is right to the letter,
+    a description by its attributes."""
     scenes = read_truth(root / 'instruct', as_scene)
-    kinds = {record['id']: record['kinds'] for record in json.loads((root / 'instruct' / 'data.json').read_text())}
+    records = {record['id']: record for record in json.loads((root / 'instruct' / 'data.json').read_text())}
     tally = {}
+    pictures = {}
     for line in predictions:
-        kind = kinds[line['id']][line['turn']]
+        record = records[line['id']]
+        kind = record['kinds'][line['turn']]
         score = float(line['prediction'] == line['truth'])
         if kind == 'describe':
             score = share(*score_caption(line['prediction'], scenes[line['id']]))
         add_up(tally, kind, score, 1)
-    return with_all(tally)
+        add_up(pictures, 'two pictures' if isinstance(record['image'], list) else 'one picture', score, 1)
+    return {**with_all(tally), **pictures}
 
 
 def with_all(tally):
@@ -227,8 +231,8 @@ if __name__ == '__main__':
         predictions = read_lines(out / 'predictions.jsonl')
         is_chat = predictions and 'turn' in predictions[0]
         tally = score_answers(predictions) if is_chat else score_captions(predictions)
-        bars['all'] = bar
+        bars = {what: bar for what in ('all', 'one picture', 'two pictures') if what in tally}
     for what, (right, asked) in sorted(tally.items()):
-        print(f'{what:<12} {share(right, asked):7.2%}  {right:.4g} of {asked}')
+        print(f'{what:<13} {share(right, asked):7.2%}  {right:.4g} of {asked}')
     write_atomic(out / 'truth.json', json.dumps(tally))
     require_bars(run, tally, bars)

@@ -259,13 +259,17 @@ def test_captions_are_scored_by_attributes_and_by_the_number_of_objects(tmp_path
 
 
 def test_answers_are_right_to_the_letter_and_descriptions_by_attributes(tmp_path):
-    write_truth(tmp_path / 'instruct', {'one': ([RED], 'black')}, data=[{'id': 'one', 'kinds': ['colour', 'describe']}])
+    write_truth(tmp_path / 'instruct', {'one': ([RED], 'black')}, data=[
+        {'id': 'one', 'image': '1.png', 'kinds': ['colour', 'describe']},
+        {'id': 'two', 'image': ['2.png', '3.png'], 'kinds': ['pair more']}])
     tally = score.score_answers([
         {'id': 'one', 'turn': 0, 'prediction': 'It is red.', 'truth': 'It is red.'},
         {'id': 'one', 'turn': 0, 'prediction': 'It is red', 'truth': 'It is red.'},
-        {'id': 'one', 'turn': 1, 'prediction': 'There is a big blue circle at the top left, on black.', 'truth': '-'}],
-        tmp_path)
-    assert tally == {'colour': (1, 2), 'describe': (4 / 5, 1), 'all': (1.8, 3)}
+        {'id': 'one', 'turn': 1, 'prediction': 'There is a big blue circle at the top left, on black.', 'truth': '-'},
+        {'id': 'two', 'turn': 0, 'prediction': 'The first.', 'truth': 'The first.'},
+        {'id': 'two', 'turn': 0, 'prediction': 'The second.', 'truth': 'The first.'}], tmp_path)
+    assert tally == {'colour': (1, 2), 'describe': (4 / 5, 1), 'pair more': (1, 2), 'all': (2.8, 5),
+                     'one picture': (1.8, 3), 'two pictures': (1, 2)}
 
 
 def test_what_a_b4_run_generates_is_scored_by_what_is_in_it(tmp_path):
