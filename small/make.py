@@ -3,7 +3,7 @@ Stage 0: the small world. Data whose truth is known and base models trained on t
 CPU cores without a network and its results can be checked.
 
 reads   nothing
-writes  data/small/{captions,instruct,sounds,text,llm,vision,image_codec,audio_codec}/, seed.json
+writes  data/small/{captions,instruct,pairs,sounds,text,llm,vision,image_codec,audio_codec}/, seed.json
         formats: LLaVA JSON + images/, JSONL + audio/, JSONL, Hugging Face folders
 done    when every part that was asked for is in place; a finished part is left alone
 
@@ -12,7 +12,7 @@ $ python -m small.make --parts="('captions','llm')"   # only these
 $ python -m small.make --seed=2                       # another world: other scenes, sounds, texts and weights
 
 A config builds what it names by ensure(). What scenes and sounds are: world.py; the text: corpus.py; the models:
-models.py, codecs.py. No scene is in both `captions` and `instruct`; each part draws from a seed of its own.
+models.py, codecs.py. No scene is in two of `captions`, `instruct` and `pairs`; each part draws from a seed of its own.
 """
 # torch, transformers and common.py are imported where something is made: configs import this file at every start
 import json
@@ -75,31 +75,30 @@ def new_scene(rng, used):
     return scene
 
 
-def make_instruct(folder, n=6000, n_pairs=3000, seed=1):
-    """LLaVA-Instruct JSON of chats, with the kinds of their questions, over scenes that `captions` does not have: n
-    about a picture, n_pairs about two."""
-    captions = json.loads((folder.parent / 'captions' / 'truth.json').read_text())
-    taken = [as_scene(fields) for fields in captions.values()]
-    make_captions(folder, n, seed, kind='instruct', taken=taken)
-    make_pairs(folder, n_pairs, seed, taken=taken)
+def make_instruct(folder, n=6000, seed=1):
+    """LLaVA-Instruct JSON of chats, with the kinds of their questions, over scenes that `captions` does not have."""
+    make_captions(folder, n, seed, kind='instruct', taken=scenes_of(folder.parent / 'captions'))
 
 
-def make_pairs(folder, n, seed=1, taken=()):
-    """Add chats about two pictures each to a folder of chats; in truth.json their scenes are ID/0 and ID/1."""
+def make_pairs(folder, n=4000, n_single=2000, seed=1):
+    """n chats about two pictures each, over scenes that neither `captions` nor `instruct` has, and n_single about one:
+    without them A2 forgets how to answer those. In truth.json the scenes of a chat about two are ID/0 and ID/1."""
     from common import progress
-    rng = np.random.default_rng(part_seed('pairs', seed))
+    taken = {*scenes_of(folder.parent / 'captions'), *scenes_of(folder.parent / 'instruct')}
+    make_captions(folder, n_single, seed, kind='pairs', taken=taken)
+    rng = np.random.default_rng((part_seed('pairs', seed), 2))
     records = json.loads((folder / 'data.json').read_text())
     truth = json.loads((folder / 'truth.json').read_text())
-    used = {*taken, *map(as_scene, truth.values())}
-    for k in progress(range(n), 'pairs'):
+    used = {*taken, *scenes_of(folder)}
+    for k in progress(range(n), 'two pictures'):
         first = new_scene(rng, used)
         second = first
         while second in used:
             second = second_scene(first, rng)
         used.add(second)
         first, second = in_random_order((first, second), rng)   # the second one has more things
-        id = f'pairs-{k:06d}'
-        record = {'id': id, 'image': [f'pair_{k:06d}_0.png', f'pair_{k:06d}_1.png'], 'kinds': [], 'conversations': []}
+        id = f'two-{k:06d}'
+        record = {'id': id, 'image': [f'two_{k:06d}_0.png', f'two_{k:06d}_1.png'], 'kinds': [], 'conversations': []}
         for scene, name in zip((first, second), record['image']):
             Image.fromarray(draw(scene, rng)).save(folder / 'images' / name)
             truth[f'{id}/{name[-5]}'] = scene
@@ -109,6 +108,11 @@ def make_pairs(folder, n, seed=1, taken=()):
         records.append(record)
     (folder / 'data.json').write_text(json.dumps(records))
     (folder / 'truth.json').write_text(json.dumps(truth))
+
+
+def scenes_of(folder):
+    """[Scene]: what the truth.json of a part says."""
+    return [as_scene(fields) for fields in json.loads((folder / 'truth.json').read_text()).values()]
 
 
 def make_sounds(folder, n=2400, seed=1):
@@ -155,10 +159,11 @@ def make_text(folder, n_train=64_000, n_eval=1_000, n_replay=6_000, seed=1):
 # -----------------------------------------------------------------------------
 # the parts, on demand
 
-DATA = {'captions': make_captions, 'instruct': make_instruct, 'text': make_text, 'sounds': make_sounds}
+DATA = {'captions': make_captions, 'instruct': make_instruct, 'pairs': make_pairs, 'text': make_text,
+        'sounds': make_sounds}
 MODELS = ('llm', 'vision', 'image_codec', 'audio_codec')
 PARTS = (*DATA, *MODELS)
-NEEDS = {'instruct': ('captions',), 'llm': ('text',)}
+NEEDS = {'instruct': ('captions',), 'pairs': ('captions', 'instruct'), 'llm': ('text',)}
 
 
 def make_part(part, folder, seed, position):

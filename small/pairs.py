@@ -11,22 +11,22 @@ QUESTIONS = {
     'pair colour': ('Is the {} of one colour in both pictures?', 'The {}: do the two pictures agree on its colour?'),
     'pair more': ('Which picture has more shapes?', 'Are there more shapes in the first or in the second?'),
     'pair number': ('Do both have the same number of shapes?', 'Does the number of shapes differ?'),
-    'pair which': ('Which of the two has a {} {}?', 'Find the picture with a {} {}.'),
     # about one of the two: what the others are put together from
     'colour of one': (
         'Which colour does the {} of the {} picture have?', 'Tell me the colour of the {} in the {} one.'),
     'count of one': ('How many shapes has the {} picture?', 'Count the shapes of the {} one, please.'),
 }
-KINDS = (*QUESTIONS, *2 * ('pair colour', 'pair which'))   # of which many a draw finds none
+# as often as they stand here, but that many a draw finds no shape for the first
+KINDS = (*4 * ('pair colour',), *2 * ('pair more', 'pair number'), 'colour of one', 'count of one')
 PLACINGS = (                                           # of the two pictures in a first question
     'First picture: <image>\nSecond picture: <image>\n{}', 'First <image> and second <image>\n{}',
     '<image>\n<image>\n{}')
 
 
 def second_scene(first, rng):
-    """A scene to compare with the first one: another, in half of the cases with some of the first one's things."""
+    """A scene to compare with the first one: another, in most cases with some of the first one's things."""
     scene = random_scene(rng)
-    if rng.random() < 0.5:
+    if rng.random() < 0.2:
         return scene
     things = {thing.place: thing for thing in scene.things}
     for thing in first.things:
@@ -48,11 +48,6 @@ def shared_shape(scenes, rng, alike):
     found = [shape for shape in SHAPES if shape in first and shape in second
              and (first[shape] == second[shape]) == alike]
     return choose(rng, found) if found else None
-
-
-def named_colours(shape, scenes):
-    first, second = [colours_of(scene)[shape] for scene in scenes]
-    return f'The first {shape} is {first}, the second {shape} is {second}'
 
 
 def named_number(n, scenes):
@@ -84,22 +79,21 @@ def pair_question(kind, scenes, rng):
         if kind == 'pair number':
             differ = len(scenes[0].things) != len(scenes[1].things)
             verdict = 'yes' if differ == bool(phrasing) else 'no'
-        return ask, f'The {named_number(0, scenes)}, the {named_number(1, scenes)}, so {verdict}.'
-    alike = kind == 'pair colour' and bool(rng.integers(2))
+        return ask, f'The {named_number(0, scenes)}. The {named_number(1, scenes)}, so {verdict}.'
+    alike = bool(rng.integers(2))                      # half of the verdicts are yes
     shape = shared_shape(scenes, rng, alike)
     if shape is None:
         return None
-    if kind == 'pair colour':
-        return ask.format(shape), f'{named_colours(shape, scenes)}, so {"yes" if alike else "no"}.'
-    asked = colours_of(scenes[n])[shape]
-    return ask.format(asked, shape), f'{named_colours(shape, scenes)}, so the {ORDINALS[n]}.'
+    first, second = [colours_of(scene)[shape] for scene in scenes]
+    verdict = 'yes' if alike else 'no'
+    return ask.format(shape), f'The first {shape} is {first}. The second {shape} is {second}, so {verdict}.'
 
 
 def pair_chat(first, second, rng):
-    """A chat of two to four turns about two scenes: [(kind, question, answer)], the <image> marks in the questions, no
-    question twice."""
+    """A chat of three to five turns about two scenes: [(kind, question, answer)], the <image> marks in the questions,
+    no question twice."""
     turns = []
-    n_turns = int(rng.integers(2, 5))
+    n_turns = int(rng.integers(3, 6))
     waits = rng.random() < 0.25                        # the second picture comes with the second question
     if waits:
         turns.append(('count', *question('count', first, rng)))

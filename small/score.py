@@ -1,7 +1,7 @@
 """
 Scores of a run over the small world, by the truth: what its captions, answers, pictures and sounds get right.
 
-reads   data/small/{captions,instruct,sounds}/truth.json, and from the run's folder
+reads   data/small/{captions,instruct,pairs,sounds}/truth.json, and from the run's folder
         A1, A2: predictions.jsonl    B1: report.json, token_space.json    B4: predictions/ and golden/
 writes  truth.json in the run's folder, {what: [right, asked]}
 done    when everything is right as often as its bar asks for; exits 1 when it is not
@@ -103,8 +103,11 @@ def score_captions(predictions, root=ROOT):
 def score_answers(predictions, root=ROOT):
     """An A2 run, by the kind of question and by how many pictures the chat is about: an answer is right to the letter,
     a description by its attributes."""
-    scenes = read_truth(root / 'instruct', as_scene)
-    records = {record['id']: record for record in json.loads((root / 'instruct' / 'data.json').read_text())}
+    folders = [root / part for part in ('instruct', 'pairs') if (root / part).exists()]
+    scenes = {id: scene for folder in folders for id, scene in read_truth(folder, as_scene).items()}
+    records = {}
+    for folder in folders:
+        records |= {record['id']: record for record in json.loads((folder / 'data.json').read_text())}
     tally = {}
     pictures = {}
     for line in predictions:

@@ -92,10 +92,11 @@ def test_an_interviews_answers_are_true_of_its_things():
 
 def test_no_scene_is_in_two_sets(tmp_path):
     make.make_captions(tmp_path / 'captions', n=60)
-    make.make_instruct(tmp_path / 'instruct', n=60, n_pairs=20)
+    make.make_instruct(tmp_path / 'instruct', n=60)
+    make.make_pairs(tmp_path / 'pairs', n=20, n_single=30)
     captions = score.read_truth(tmp_path / 'captions', world.as_scene)
-    chats = score.read_truth(tmp_path / 'instruct', world.as_scene)
-    assert len(set(captions.values()) | set(chats.values())) == 160
+    scenes = [scene for part in ('captions', 'instruct', 'pairs') for scene in make.scenes_of(tmp_path / part)]
+    assert len(set(scenes)) == len(scenes) == 60 + 60 + 30 + 2 * 20
     # the same draws once more: none that was used comes again
     used = set(captions.values())
     rng = np.random.default_rng(104)
