@@ -21,7 +21,7 @@ export OMP_NUM_THREADS ?= 1
 small: small-a small-b
 	$(python) gates.py out
 
-small-a: out/a1_small/done out/a11_small/done out/a2_small/done out/a2_pairs_small/done
+small-a: out/a1_small/done out/a11_small/done out/a2_small/done
 small-b: out/b1_small/done out/b2_small/done out/b3_small/done out/b4_small/done
 
 data/small/seed.json: $(venv)             # stage 0: the seed; its parts are made by the configs that need them
@@ -41,7 +41,7 @@ out/a2_small/done: out/a1_small/done      # A2: visual instruction tuning
 	$(python) -m small.score out/a2_small
 	touch $@
 
-out/a2_pairs_small/done: out/a2_small/done   # A2 goes on: two pictures
+out/a2_pairs_small/done: out/a2_small/done   # A2 goes on with two pictures: not a part of `make small`
 	$(python) train_a2.py configs/a2_pairs_small.py --seed=$(SEED) --resume=True
 	$(python) -m small.score out/a2_pairs_small
 	touch $@

@@ -1,5 +1,6 @@
 # The small world's A2 goes on: questions about two pictures, beside some about one so that those are not forgotten.
 # $ python train_a2.py configs/a2_pairs_small.py
+# Not a part of `make small`: not run to its end yet (docs/results.md, Two pictures).
 from small.make import ensure
 
 _small = ensure('pairs', 'text')
