@@ -105,6 +105,9 @@ def label_spans(label_positions):
     """int32 (spans, 2), first and one past the last of positions that follow one another."""
     if not len(label_positions):
         return np.zeros((0, 2), np.int32)
+    first, last = int(label_positions[0]), int(label_positions[-1])
+    if last - first == len(label_positions) - 1:       # one answer, as captions have it
+        return np.array([[first, last + 1]], np.int32)
     gaps = np.flatnonzero(np.diff(label_positions) != 1)
     firsts = label_positions[np.concatenate([[0], gaps + 1])]
     lasts = label_positions[np.concatenate([gaps, [-1]])]

@@ -245,9 +245,10 @@ class ChatTemplate:
         """Cut to max_seq_len at the end, but never in an image block: what stands before the first one is cut then, and
         what begins with another one goes as a whole, its image with it."""
         n = self.max_seq_len
-        truncated = len(ids) > n
         label_positions = np.array(label_positions, np.int32)
         image_starts = np.array(image_starts, np.int32)
+        if len(ids) <= n:                              # as nearly all: hundreds of thousands are made at a first start
+            return Example(item, np.array(ids, np.int32), label_positions, image_starts, truncated=False)
         block_starts = image_starts - self.image_offset
         n_over = block_starts[:1] + len(self.image_block) - n          # above 0, the first block does not fit
         if (n_over > 0).any() and not (label_positions < image_starts[0]).any():
@@ -261,7 +262,7 @@ class ChatTemplate:
             n_images = fits.sum()
             item = replace(item, images=item.images[:n_images], image_places=item.image_places[:n_images])
         return Example(item, np.array(ids[:n], np.int32), label_positions[label_positions < n], image_starts[fits],
-                       truncated)
+                       truncated=True)
 
     def caption(self, item):
         """image block, newline, caption, end token; labels: the caption and its end."""
