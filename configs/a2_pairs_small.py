@@ -1,6 +1,6 @@
 # The small world's A2 goes on: questions about two pictures, beside some about one so that those are not forgotten.
 # $ python train_a2.py configs/a2_pairs_small.py
-# Not a part of `make small`: not run to its end yet (docs/results.md, Two pictures).
+# Not a part of `make small`: after 200 steps the verdicts are a guess, 400 were not run (docs/results.md).
 from small.make import ensure
 
 _small = ensure('pairs', 'text')
