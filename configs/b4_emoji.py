@@ -1,5 +1,6 @@
 # SmolLM2-135M learns to draw emoji and to say their names, and goes on naming what it sees and hears: LoRA.
 # $ python train_b4.py configs/b4_emoji.py
+# Not run: by the cost of its steps 5 CPU hours, half of that by the clock on two free cores.
 shards_dir = 'out/b2_emoji'
 new_rows_dir = 'out/b3_emoji'
 image_codec = 'data/emoji/image_codec'

@@ -1,27 +1,32 @@
 """
-The emoji's codecs, trained on the spot on what is not held out: a Janus VQ whose picture of 64 pixels is 64 codes, and
-an EnCodec of the names as espeak-ng says them.
+The emoji's codecs, made on the spot from what is not held out: a codebook of patches whose picture of 64 pixels is 64
+codes, and an EnCodec of the names as espeak-ng says them. And a Janus VQ, trained, with as many codes.
 
 reads   data/emoji/{captions,eval_known,eval_new}.json and their pictures; data/emoji/speech/, of emoji.speech
-writes  data/emoji/{image_codec,audio_codec}/, Hugging Face folders, with report.json in each
+writes  data/emoji/{image_codec,audio_codec}/ or data/emoji/janus/, Hugging Face folders, with report.json in each
 
 $ python -m emoji.codecs
+$ python -m emoji.codecs janus
+
+Janus takes minutes where the patches take seconds, and in the five that it had it stayed behind them (LOG.md). With
+--image_codec=data/emoji/janus the stages take it.
 
 Letters: B pictures, P codes of one, D width of a code's vector.
 """
 import json
+import sys
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from transformers import JanusVQVAE, JanusVQVAEConfig
 
-from codec import load_audio_codec, load_image_codec, log_mel, log_mel_distance, psnr, si_snr, ssim
+from codec import PatchBook, load_audio_codec, load_image_codec, log_mel, log_mel_distance, psnr, si_snr, ssim
 from common import progress
 from emoji.pictures import PIXELS, ROOT
 from emoji.speech import FRAME, RATE, SECONDS, SPEEDS, VOICES
 from media import read_audio, read_image
-from small.codecs import k_means, linear_encodec
+from small.codecs import k_means, linear_encodec, random_points
 from small.models import descend
 
 # -----------------------------------------------------------------------------
@@ -32,6 +37,19 @@ def read_pictures(records):
     """uint8 (B, 3, PIXELS, PIXELS), as the stages read them: on white."""
     pictures = [read_image(ROOT / record['image'], PIXELS) for record in progress(records, 'pictures')]
     return torch.from_numpy(np.stack(pictures))
+
+
+def make_image_codec(folder, n_codes=1024, n_plain=16, patch=8, seed=1):
+    """Patches of every third picture; those of one colour have n_plain codes of their own, as in the small world."""
+    generator = torch.Generator().manual_seed(seed)
+    pictures = read_pictures(json.loads((ROOT / 'captions.json').read_text())[::3])
+    patches = F.unfold(pictures.float(), patch, stride=patch).transpose(1, 2).flatten(0, 1)    # (B P, 3 patch^2)
+    is_plain = patches.std(1) < 3                      # of 255: all channels alike, so white, gray and black
+    drawn = random_points(patches[~is_plain], 60_000, generator)
+    drawn_codes = k_means(drawn, n_codes - n_plain, generator, rounds=10)
+    plain_codes = k_means(patches[is_plain][::8], n_plain, generator)
+    PatchBook(torch.cat([plain_codes, drawn_codes]).round().clamp(0, 255), PIXELS, patch).save(folder)
+    write_image_report(folder)
 
 
 def tiny_janus(n_codes):
@@ -77,7 +95,7 @@ def varied(pictures):
     return wider[:, :, top:top + PIXELS, left:left + PIXELS]
 
 
-def make_image_codec(folder, n_steps=6000, batch=8, n_codes=1024, learning_rate=1e-3, seed=1):
+def make_janus(folder, n_steps=6000, batch=8, n_codes=1024, learning_rate=1e-3, seed=1):
     """A fifth of the steps without codes, then with: the gradient passes them as if they were not there. Half way they
     begin anew: the first ones were the middles of what was hardly trained, and half of them fell out of use."""
     torch.manual_seed(seed)
@@ -102,15 +120,13 @@ def make_image_codec(folder, n_steps=6000, batch=8, n_codes=1024, learning_rate=
         decoded = pixels_of(model, latents)
         return F.mse_loss(decoded, x) + F.l1_loss(decoded, x) + apart
 
-    descend(model, loss_of_step, n_steps, learning_rate, 'image_codec')
+    descend(model, loss_of_step, n_steps, learning_rate, 'janus')
     model.eval().save_pretrained(folder)
-    report = image_report(folder)
-    (folder / 'report.json').write_text(json.dumps(report))
-    print(f'image_codec: {report}')
+    write_image_report(folder)
 
 
-def image_report(folder):
-    """{list: PSNR in dB and SSIM of its decoded pictures, and how many of the codes they have}."""
+def write_image_report(folder):
+    """PSNR in dB and SSIM of the decoded pictures of both held-out lists, and how many of the codes they have."""
     codec = load_image_codec(folder)
     report = {}
     for name in 'eval_known', 'eval_new':
@@ -121,7 +137,8 @@ def image_report(folder):
         report[name] = {'psnr': round(float(psnr(original, decoded).mean()), 2),
                         'ssim': round(float(ssim(original, decoded).mean()), 3),
                         'codes_used': len(codes.unique()), 'pictures': len(pictures)}
-    return report
+    (folder / 'report.json').write_text(json.dumps(report))
+    print(f'{folder.name}: {report}')
 
 
 # -----------------------------------------------------------------------------
@@ -167,5 +184,10 @@ def audio_report(folder):
 
 
 if __name__ == '__main__':
-    make_image_codec(ROOT / 'image_codec')
-    make_audio_codec(ROOT / 'audio_codec')
+    if sys.argv[1:] == ['janus']:
+        make_janus(ROOT / 'janus')
+    elif len(sys.argv) == 1:
+        make_image_codec(ROOT / 'image_codec')
+        make_audio_codec(ROOT / 'audio_codec')
+    else:
+        raise SystemExit(__doc__.strip())

@@ -206,13 +206,19 @@ def test_names_are_said_in_all_voices_and_long_ones_left_out(packages):
     assert len(new) == 2 and not set(new) & set(known)
 
 
-def test_codecs_are_made_and_load(packages):
+@pytest.mark.parametrize('make, name', [
+    (lambda folder: codecs.make_image_codec(folder, n_codes=16, n_plain=2), 'Patches'),
+    (lambda folder: codecs.make_janus(folder, n_steps=5, batch=2, n_codes=16), 'JanusVQVAE')])
+def test_a_picture_codec_is_made_and_loads(packages, make, name):
     write_all()
-    codecs.make_image_codec(packages / 'image_codec', n_steps=5, batch=2, n_codes=16)
-    image_codec = load_image_codec(packages / 'image_codec')
-    assert (image_codec.side, image_codec.size, image_codec.codes) == (8, 64, 16)
-    assert read_json(packages / 'image_codec' / 'report.json')['eval_new']['pictures'] == 8
+    make(packages / 'codec')
+    codec = load_image_codec(packages / 'codec')
+    assert (codec.describe()['class'], codec.side, codec.size, codec.codes) == (name, 8, 64, 16)
+    report = read_json(packages / 'codec' / 'report.json')
+    assert report['eval_new']['pictures'] == 8 and report['eval_known']['psnr'] > (20 if name == 'Patches' else 0)
 
+
+def test_a_sound_codec_is_made_and_loads(packages):
     speech.write_speech(Humming(), ['cat', 'dog', 'fox', 'cow'], 'manifest.jsonl')
     speech.write_speech(Humming(), ['bat', 'pig'], 'new.jsonl')
     codecs.make_audio_codec(packages / 'audio_codec', n_codes=64)
