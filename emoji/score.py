@@ -100,7 +100,7 @@ def score_run(run):
         path = run / 'emoji' / f'{name}.jsonl'
         predictions, _ = write_predictions(path, vlm, loader, template, examples, batch_size=32, max_new_tokens=24)
         texts = {example.item.id: prediction.text for example, prediction in zip(examples, predictions)}
-        sets = matching_sets(caption_keys(examples), 256, seed=1)
+        sets = matching_sets(caption_keys(examples), 128, seed=1)
         crossed = crossed_losses(vlm, loader, examples, sets, batch_size=32)
         scores[name] = {**score(things, texts, stage), 'image': round(recall(input_ranks(crossed)).value, 3)}
         shown = examples[::max(1, len(examples) // N_ON_SHEET)][:N_ON_SHEET]
