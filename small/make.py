@@ -80,7 +80,7 @@ def make_instruct(folder, n=6000, seed=1):
     make_captions(folder, n, seed, kind='instruct', taken=scenes_of(folder.parent / 'captions'))
 
 
-def make_pairs(folder, n=4000, n_single=2000, seed=1):
+def make_pairs(folder, n=4000, n_single=500, seed=1):
     """n chats about two pictures each, over scenes that neither `captions` nor `instruct` has, and n_single about one:
     without them A2 forgets how to answer those. In truth.json the scenes of a chat about two are ID/0 and ID/1."""
     from common import progress
