@@ -38,9 +38,10 @@ from decoders import checkpoint_layers, load_tokenizer, lora
 from model import cache_features, image_reading, image_settings, load_vlm
 from sharding import shard_layers, step_together
 from training import (
-    Log, Meter, StopSignal, check_resumable, check_same_data, check_same_parts, clip_gradients, frozen_sha256,
-    grad_norms, measure_epoch, names_with_gradient, open_run, parameter_groups, require_not_negative, require_positive,
-    require_share, require_split, stop_if_eval_not_finite, stop_if_not_finite, tensorboard_writer, write_status)
+    N_MEASURED, N_WARMUP, Log, Meter, StopSignal, check_resumable, check_same_data, check_same_parts, clip_gradients,
+    frozen_sha256, grad_norms, measure_epoch, names_with_gradient, open_run, parameter_groups, require_not_negative,
+    require_positive, require_share, require_split, stop_if_eval_not_finite, stop_if_not_finite, tensorboard_writer,
+    write_status)
 from watch import wait_at_most
 
 # -----------------------------------------------------------------------------
@@ -135,8 +136,8 @@ if replay_share == 1:
 # ranks and the run's folder
 rank, world_size, device = init_ranks(device, deterministic)
 dtype = frozen_dtype(dtype, device)
-out, resume = open_run(out_dir, resume, rank)
-stop = StopSignal(save_minutes, is_resumed=resume)
+out, is_resumed = open_run(out_dir, resume, rank)
+stop = StopSignal(save_minutes, is_resumed=is_resumed)
 board = tensorboard_writer(tensorboard)
 
 # the aligned model, then the data: items become examples, examples are held out or trained on
@@ -206,11 +207,12 @@ if rank == 0:
 # optimizer: matrices decay, vectors do not; peak: a group's highest learning rate
 peaks = {'connector.': learning_rate, 'llm.': lora_learning_rate}
 groups = parameter_groups(trainable, peaks, weight_decay)
+# 0.98: the mean square of a gradient is over some 50 steps; over 1,000, as by 0.999, it would lag in so short a run
 optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), fused=True)
 step = first_step = 0
 evaluated = False              # whether the log has the evaluation of this step already
 with_gradient = set()          # names of what has had a gradient so far: everything trainable has to get there
-if resume:
+if is_resumed:
     tensors, meta, used = load_checkpoint(out / 'ckpt', device)
     check_resumable(meta, config, frozen_before, used)
     check_same_data(meta, data_seen, used)
@@ -219,7 +221,7 @@ if resume:
     optimizer.load_state_dict(tensors['optimizer'])
     step = first_step = meta['step']
     epoch_samples = meta['epoch_samples']
-    eval_every = meta.get('eval_every', eval_every)    # older checkpoints had only that of their settings
+    eval_every = meta['eval_every']
     with_gradient = set(meta['with_gradient'])
     evaluated = meta['evaluated']
 elif init_from:
@@ -246,18 +248,8 @@ def lr_at(step):
     warmup = max(1, round(warmup_frac * n_steps))
     if step < warmup:
         return (step + 1) / warmup
-    progress = (step - warmup) / max(1, n_steps - warmup)
-    return min_lr_frac + (1 - min_lr_frac) * 0.5 * (1 + math.cos(math.pi * progress))
-
-
-def evaluate(n_sets):
-    """(summed losses of each held-out example under each condition, its labels, crossed losses of n_sets of them, means
-    for the log), on every rank."""
-    losses = image_ablation(model, loader, eval_set, micro_batch_size, seed=seed, rank=rank, world_size=world_size)
-    counts = np.array([len(example.label_positions) for example in eval_set])
-    crossed = crossed_losses(model, loader, eval_set, matching[:n_sets], micro_batch_size, rank=rank,
-                             world_size=world_size)
-    return losses, counts, crossed, ablation_means(losses, counts, edges, crossed)
+    done = (step - warmup) / max(1, n_steps - warmup)
+    return min_lr_frac + (1 - min_lr_frac) * 0.5 * (1 + math.cos(math.pi * done))
 
 
 def text_loss():
@@ -274,17 +266,30 @@ def text_loss():
 
 def predict(examples, path):
     """Answer every question of chats, greedily, after the true answers before it, and write one JSON line for each;
-    returns the first question and answer of each chat. On every rank."""
+    returns (predictions, the first question and answer of each chat). On every rank."""
     # nothing is kept for a backward pass: four times as many fit
     return write_predictions(path, model, loader, template=template, examples=examples,
                              batch_size=4 * micro_batch_size, max_new_tokens=max_new_tokens, rank=rank,
                              world_size=world_size)
 
 
-def first_evaluation():
-    """What the loop does at step 0, for the time that it takes."""
-    evaluate(1)
-    predict(golden_set[:n_golden_between], out / 'golden' / 'step_000000.jsonl')
+def evaluate(at_end):
+    """Look at the held-out and the golden items, at the end at all of them: (summed losses of each held-out example
+    under each condition, its labels, crossed losses, means for the log, predictions of golden items), on every rank."""
+    losses = image_ablation(model, loader, eval_set, micro_batch_size, seed=seed, rank=rank, world_size=world_size)
+    counts = np.array([len(example.label_positions) for example in eval_set])
+    sets = matching if at_end else matching[:1]
+    crossed = crossed_losses(model, loader, eval_set, sets, micro_batch_size, rank=rank, world_size=world_size)
+    means = ablation_means(losses, counts, edges, crossed)
+    means['text'] = text_loss()
+    stop_if_eval_not_finite(step, means, out)
+    looked_at = golden_set if at_end else golden_set[:n_golden_between]
+    path = out / 'golden' / f'step_{step:06d}.jsonl'
+    predictions, captions = predict(looked_at, path)
+    means['distinct'] = distinct([p.text for p in predictions])
+    if rank == 0:
+        contact_sheet(path.with_suffix('.png'), [example.item.images for example in looked_at], captions)
+    return losses, counts, crossed, means, predictions
 
 
 def save(state):
@@ -301,22 +306,16 @@ def save(state):
     if rank == 0:
         write_status(out, state, step, n_steps)
     barrier()                                          # nobody leaves, and ends the run, while rank 0 still writes
-    stop.saved()
-
-
-def leave_evaluation():
-    """What a signal in the middle of an evaluation does. On every rank."""
-    save('stopped')
-    stop.leave(step, saved=step > first_step or resume)
+    stop.saved(step)
 
 
 # schedule: n_steps, or how many samples an epoch of epoch_minutes holds, with its evaluations, and when these are
 if n_steps:
     epoch_samples = round(n_steps * global_batch_size / epochs)
 if not epoch_samples or not eval_every:
-    first_steps = loader.steps(sampler, 0, 7, micro_batch_size, rank, world_size)
+    first_steps = loader.steps(sampler, 0, N_WARMUP + N_MEASURED, micro_batch_size, rank, world_size)
     n_samples, eval_every = measure_epoch(first_steps, forward_backward, optimizer, epoch_minutes, global_batch_size,
-                                          evaluate=first_evaluation, eval_every=eval_every,
+                                          evaluate=evaluate, eval_every=eval_every,
                                           eval_time_share=eval_time_share)
     epoch_samples = epoch_samples or n_samples
 n_steps = n_steps or max(1, round(epochs * epoch_samples / global_batch_size))
@@ -325,32 +324,25 @@ if rank == 0:
           f'--eval_every={eval_every}')
 
 # the loop
-log = Log(out / 'log.jsonl', step if resume else None, evaluated, active=rank == 0, writer=board)
-if not resume:
+log = Log(out / 'log.jsonl', step if is_resumed else None, evaluated, active=rank == 0, writer=board)
+if not is_resumed:
     log.write('run', stage='a2', settings=config, n_steps=n_steps, epoch_samples=epoch_samples, world_size=world_size,
               eval_every=eval_every, trainable=sum(p.numel() for p in trainable.values()),
               held_out={'eval': len(eval_set), 'golden': len(golden_set)}, **provenance())
 model.train()
 meter = Meter()
-stop.leave_evaluation = leave_evaluation
+stop.save = save
 progress = Progress(n_steps, 'a2', initial=step, active=rank == 0)
 batches_of_steps = loader.steps(sampler, step, n_steps, micro_batch_size, rank, world_size)
 while True:
-    # evaluate, look at the golden items, save; the stop test below makes first and last evaluation ordinary ones
+    # evaluate and save; the stop test below makes first and last evaluation ordinary ones
     stopped = stop.before_step()
-    is_due = step % eval_every == 0 and (eval_first or step > 0)
-    if is_due or step == n_steps or stopped:
+    is_last = step == n_steps
+    is_due = is_last or (step % eval_every == 0 and (eval_first or step > 0))
+    if is_due or stopped or stop.save_is_due:
         meter.pause()
-        if not stopped and not (evaluated and step < n_steps):   # a finished run is judged again, and logged once
-            losses, counts, crossed, means = evaluate(len(matching) if step == n_steps else 1)
-            means['text'] = text_loss()
-            stop_if_eval_not_finite(step, means, out)
-            looked_at = golden_set if step == n_steps else golden_set[:n_golden_between]
-            predictions, captions = predict(looked_at, out / 'golden' / f'step_{step:06d}.jsonl')
-            means['distinct'] = distinct([p.text for p in predictions])
-            if rank == 0:
-                sheet = out / 'golden' / f'step_{step:06d}.png'
-                contact_sheet(sheet, [example.item.images for example in looked_at], captions)
+        if is_due and not stopped and (is_last or not evaluated):   # a finished run is judged again, and logged once
+            losses, counts, crossed, means, predictions = evaluate(at_end=is_last)
             if not evaluated:
                 log.write('eval', step=step, **means)
             evaluated = True
@@ -360,13 +352,9 @@ while True:
                            f'{means["noise"]:.4f} noise; text {means["text"]:.4f}')
         save('stopped' if stopped else 'running')
         meter.go_on()
-    elif stop.save_is_due:
-        meter.pause()
-        save('running')
-        meter.go_on()
     if stopped:
-        stop.leave(step, saved=step > first_step or resume)
-    if step == n_steps:
+        stop.leave()
+    if is_last:
         break
 
     lr = lr_at(step)
@@ -396,13 +384,13 @@ while True:
         log.write('step', step=step, loss=loss, lr=lr * learning_rate, lr_lora=lr * lora_learning_rate,
                   grad_norm=grad_norm, **norms, **window)
         progress.write(f'step {step}/{n_steps}: loss {window["window_loss"]:.4f}, gradient {grad_norm:.3f}, '
-                       f'lr x {lr:.3f}, {window["samples_per_s"]:.0f} samples/s, '
+                       f'learning rate {lr:.1%} of its peak, {window["samples_per_s"]:.0f} samples/s, '
                        f'{window["data_wait"]:.0%} waiting for data')
 progress.close()
 
 # gates
 predictions += predict(eval_set[:n_predictions], out / 'predictions.jsonl')[0]
-text = text_loss()
+text = means['text']
 with adapter.disable_adapter():
     base_text = text_loss()
 model.eval()                                           # on every rank: rank 0 judges and exports alone

@@ -32,9 +32,9 @@ from token_model import (
     complete_task, crossed_losses, example_sums, export_difference, export_stock, load_token_model, matching_keys,
     random_media, predictions_of, save_new_rows, shuffled_media, text_difference, training_bytes, write_completions)
 from training import (
-    Log, Meter, StopSignal, check_resumable, check_same_data, clip_gradients, frozen_sha256, grad_norms, measure_epoch,
-    names_with_gradient, open_run, parameter_groups, require_not_negative, require_numbers, require_positive,
-    require_share, stop_if_eval_not_finite, stop_if_not_finite, tensorboard_writer, write_status)
+    N_MEASURED, N_WARMUP, Log, Meter, StopSignal, check_resumable, check_same_data, clip_gradients, frozen_sha256,
+    grad_norms, measure_epoch, names_with_gradient, open_run, parameter_groups, require_not_negative, require_numbers,
+    require_positive, require_share, stop_if_eval_not_finite, stop_if_not_finite, tensorboard_writer, write_status)
 from uti import TASKS, UTI, Grammar, TokenSpace
 from watch import wait_at_most
 
@@ -119,8 +119,8 @@ require_share(config, 'warmup_frac', 'min_lr_frac', 'eval_time_share', 'gate_tru
 # ranks and the run's folder
 rank, world_size, device = init_ranks(device, deterministic)
 dtype = frozen_dtype(dtype, device)
-out, resume = open_run(out_dir, resume, rank)
-stop = StopSignal(save_minutes, is_resumed=resume)
+out, is_resumed = open_run(out_dir, resume, rank)
+stop = StopSignal(save_minutes, is_resumed=is_resumed)
 board = tensorboard_writer(tensorboard)
 
 # data: the items of the shards become examples of each task
@@ -183,11 +183,12 @@ if rank == 0:
 # optimizer: its state is for the new rows alone
 peaks = {'new_': learning_rate}
 groups = parameter_groups(trainable, peaks, weight_decay)
+# 0.98: the mean square of a gradient is over some 50 steps; over 1,000, as by 0.999, it would lag in so short a run
 optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), fused=True)
 step = first_step = 0
 evaluated = False              # whether the log has the evaluation of this step already
 with_gradient = set()          # names of what has had a gradient so far: everything trainable has to get there
-if resume:
+if is_resumed:
     tensors, meta, used = load_checkpoint(out / 'ckpt', device)
     check_resumable(meta, config, frozen_before, used)
     space.require(TokenSpace.of_fields(meta['token_space']), used)
@@ -197,7 +198,7 @@ if resume:
     touched = tensors['touched']
     step = first_step = meta['step']
     epoch_samples = meta['epoch_samples']
-    eval_every = meta.get('eval_every', eval_every)    # older checkpoints had only that of their settings
+    eval_every = meta['eval_every']
     with_gradient = set(meta['with_gradient'])
     evaluated = meta['evaluated']
 
@@ -219,8 +220,8 @@ def lr_at(step):
     warmup = max(1, round(warmup_frac * n_steps))
     if step < warmup:
         return (step + 1) / warmup
-    progress = (step - warmup) / max(1, n_steps - warmup)
-    return min_lr_frac + (1 - min_lr_frac) * 0.5 * (1 + math.cos(math.pi * progress))
+    done = (step - warmup) / max(1, n_steps - warmup)
+    return min_lr_frac + (1 - min_lr_frac) * 0.5 * (1 + math.cos(math.pi * done))
 
 
 def ablations(task, examples):
@@ -234,10 +235,37 @@ def ablations(task, examples):
     }
 
 
+def generate(task, examples, path, guidance):
+    """Describe, draw or generate audio: path.jsonl, a line an example, and what it decodes to in path/. Returns what
+    was generated and, on rank 0, what it decodes to."""
+    # nothing is kept for a backward pass: four times as many fit
+    outputs = complete_task(model, grammar, task=task, examples=examples, batch_size=4 * micro_batch_size,
+                            max_new_tokens=max_new_tokens, temperature=temperature, guidance=guidance, rank=rank,
+                            world_size=world_size)
+    decoded = []
+    if rank == 0:
+        decoded = write_completions(path, task, examples, outputs=outputs, tokenizer=tokenizer, uti=codecs,
+                                    batch_size=micro_batch_size)
+    barrier()                                          # the others do nothing meanwhile
+    return outputs, decoded
+
+
+def generate_golden(at_end):
+    """{task: what is generated of its golden items and what it decodes to}; at_end of all of them."""
+    golden = {}
+    for task, examples in golden_sets.items():
+        examples = examples if at_end else examples[:n_golden_between]
+        golden[task] = generate(task, examples, out / 'golden' / f'step_{step:06d}' / task, guidance)
+    return golden
+
+
 def evaluate(at_end):
-    """Of each task: {condition: summed loss of each held-out example}, their labels, crossed losses of one set of them,
-    or of all at the end; for the log: means in nats per label, and rates: of items in which the right one wins or is
-    found, of labels that get more than half of the probability."""
+    """Look at the held-out and the golden items, at the end at all of them, on every rank.
+
+    Returns, each a dict: of each task {condition: summed loss of each held-out example}, their labels, crossed losses;
+    for the log means in nats per label, and rates (of items in which the right one wins or is found, of labels that get
+    more than half of the probability); what generate_golden returns.
+    """
     losses = {}
     counts = {}
     crossed = {}
@@ -260,37 +288,8 @@ def evaluate(at_end):
         for name, rate in retrieval(crossed[task]).items():
             rates[f'{task}_{name}'] = rate
         rates[f'{task}_share_removed'] = crossed_share(crossed[task]).value
-    return losses, counts, crossed, means, rates
-
-
-def generate(task, examples, path, guidance):
-    """Describe, draw or generate audio: path.jsonl, a line an example, and what it decodes to in path/. Returns what
-    was generated and, on rank 0, what it decodes to."""
-    # nothing is kept for a backward pass: four times as many fit
-    outputs = complete_task(model, grammar, task=task, examples=examples, batch_size=4 * micro_batch_size,
-                            max_new_tokens=max_new_tokens, temperature=temperature, guidance=guidance, rank=rank,
-                            world_size=world_size)
-    decoded = []
-    if rank == 0:
-        decoded = write_completions(path, task, examples, outputs=outputs, tokenizer=tokenizer, uti=codecs,
-                                    batch_size=micro_batch_size)
-    barrier()                                          # the others do nothing meanwhile
-    return outputs, decoded
-
-
-def generate_golden(step, at_end):
-    """{task: what is generated of its golden items and what it decodes to}; at_end of all of them."""
-    golden = {}
-    for task, examples in golden_sets.items():
-        examples = examples if at_end else examples[:n_golden_between]
-        golden[task] = generate(task, examples, out / 'golden' / f'step_{step:06d}' / task, guidance)
-    return golden
-
-
-def first_evaluation():
-    """What the loop does at step 0, for the time that it takes."""
-    evaluate(at_end=False)
-    generate_golden(0, at_end=False)
+    stop_if_eval_not_finite(step, means, out)
+    return losses, counts, crossed, means, rates, generate_golden(at_end)
 
 
 def save(state):
@@ -305,22 +304,17 @@ def save(state):
     if rank == 0:
         write_status(out, state, step, n_steps)
     barrier()                                          # nobody leaves, and ends the run, while rank 0 still writes
-    stop.saved()
-
-
-def leave_evaluation():
-    """What a signal in the middle of an evaluation does. On every rank."""
-    save('stopped')
-    stop.leave(step, saved=step > first_step or resume)
+    stop.saved(step)
 
 
 # schedule: n_steps, or how many samples an epoch of epoch_minutes holds, with its evaluations, and when these are
 if n_steps:
     epoch_samples = round(n_steps * global_batch_size / epochs)
 if not epoch_samples or not eval_every:
-    first_steps = loader.steps(mixture(7), 0, 7, micro_batch_size, rank, world_size)
+    n_first = N_WARMUP + N_MEASURED
+    first_steps = loader.steps(mixture(n_first), 0, n_first, micro_batch_size, rank, world_size)
     n_samples, eval_every = measure_epoch(first_steps, forward_backward, optimizer, epoch_minutes, global_batch_size,
-                                          evaluate=first_evaluation, eval_every=eval_every,
+                                          evaluate=evaluate, eval_every=eval_every,
                                           eval_time_share=eval_time_share)
     epoch_samples = epoch_samples or n_samples
 n_steps = n_steps or max(1, round(epochs * epoch_samples / global_batch_size))
@@ -331,26 +325,25 @@ if rank == 0:
           f'--eval_every={eval_every}')
 
 # the loop
-log = Log(out / 'log.jsonl', step if resume else None, evaluated, active=rank == 0, writer=board)
-if not resume:
+log = Log(out / 'log.jsonl', step if is_resumed else None, evaluated, active=rank == 0, writer=board)
+if not is_resumed:
     log.write('run', stage='b3', settings=config, n_steps=n_steps, epoch_samples=epoch_samples, world_size=world_size,
               eval_every=eval_every, trainable=sum(p.numel() for p in trainable.values()), token_space=space.sha256,
               held_out={task: len(examples) for task, examples in eval_sets.items()}, **provenance())
 model.train()
 meter = Meter()
-stop.leave_evaluation = leave_evaluation
+stop.save = save
 progress = Progress(n_steps, 'b3', initial=step, active=rank == 0)
 batches_of_steps = loader.steps(sampler, step, n_steps, micro_batch_size, rank, world_size)
 while True:
-    # evaluate, look at the golden items, save; the stop test below makes first and last evaluation ordinary ones
+    # evaluate and save; the stop test below makes first and last evaluation ordinary ones
     stopped = stop.before_step()
-    is_due = step % eval_every == 0 and (eval_first or step > 0)
-    if is_due or step == n_steps or stopped:
+    is_last = step == n_steps
+    is_due = is_last or (step % eval_every == 0 and (eval_first or step > 0))
+    if is_due or stopped or stop.save_is_due:
         meter.pause()
-        if not stopped and not (evaluated and step < n_steps):   # a finished run is judged again, and logged once
-            losses, counts, crossed, means, rates = evaluate(at_end=step == n_steps)
-            stop_if_eval_not_finite(step, means, out)
-            golden = generate_golden(step, at_end=step == n_steps)
+        if is_due and not stopped and (is_last or not evaluated):   # a finished run is judged again, and logged once
+            losses, counts, crossed, means, rates, golden = evaluate(at_end=is_last)
             if not evaluated:
                 log.write('eval', step=step, **means, **rates)
             evaluated = True
@@ -358,13 +351,9 @@ while True:
             progress.write(f'step {step}: held-out loss {", ".join(parts)}')
         save('stopped' if stopped else 'running')
         meter.go_on()
-    elif stop.save_is_due:
-        meter.pause()
-        save('running')
-        meter.go_on()
     if stopped:
-        stop.leave(step, saved=step > first_step or resume)
-    if step == n_steps:
+        stop.leave()
+    if is_last:
         break
 
     lr = lr_at(step)
@@ -396,7 +385,7 @@ while True:
         norms = {f'grad_norm_{group}': norm for group, norm in norms.items()}
         log.write('step', step=step, loss=loss, lr=lr * learning_rate, grad_norm=grad_norm, **norms, **window)
         progress.write(f'step {step}/{n_steps}: loss {window["window_loss"]:.4f}, gradient {grad_norm:.3f}, '
-                       f'lr x {lr:.3f}, {window["samples_per_s"]:.0f} samples/s, '
+                       f'learning rate {lr:.1%} of its peak, {window["samples_per_s"]:.0f} samples/s, '
                        f'{window["data_wait"]:.0%} waiting for data')
 progress.close()
 

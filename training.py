@@ -52,8 +52,8 @@ class StopSignal:
     """True once SIGTERM or Ctrl-C has come; the loop then saves and leaves. A second Ctrl-C ends at once.
 
     Before it is first asked there is nothing to save: a signal ends the run at once; is_resumed: there is a checkpoint,
-    which that leaves as it is. Between two batches of an
-    evaluation it is asked too, and calls `leave_evaluation`, which saves and leaves.
+    which that leaves as it is. Between two batches of an evaluation it is asked too: it then calls the script's `save`,
+    and leaves.
 
     It also tells, since the ranks hear of each other here, when the last checkpoint is save_minutes old: save_is_due.
     """
@@ -68,7 +68,8 @@ class StopSignal:
         self.n_between = self.steps_to_go = 1          # steps between two looks, and until the next one
         self.name = ''
         self.asked = False
-        self.leave_evaluation = None
+        self.save = None                               # the script's, from where there is something to save
+        self.step = 0                                  # of the last save: at step 0 it writes no checkpoint
         for sig in signal.SIGTERM, signal.SIGINT:      # a scheduler's, and Ctrl-C
             signal.signal(sig, self.note)
         BETWEEN_BATCHES[:] = [self.between_batches]
@@ -78,7 +79,7 @@ class StopSignal:
             raise KeyboardInterrupt
         self.name = signal.Signals(number).name        # only noted: the loop stops where it can save
         if not self.asked:
-            self.leave(0, saved=False)
+            self.leave()
 
     def __bool__(self):                                # on every rank or on none: one rank's signal stops all
         self.asked = True
@@ -104,20 +105,22 @@ class StopSignal:
         self.steps_to_go = self.n_between
         return any(signalled for signalled, _, _ in looks)
 
-    def saved(self):
+    def saved(self, step):
+        """At the end of every save."""
+        self.step = step
         self.saved_at = self.clock()
 
     def between_batches(self):
-        if self.leave_evaluation is not None and self:
-            self.leave_evaluation()
+        if self.save is not None and self:
+            self.save('stopped')
+            self.leave()
 
-    def leave(self, step, saved):
-        """saved: whether there is a checkpoint of this step."""
+    def leave(self):
         name = self.name or 'another rank'
-        if not saved:
+        if self.step == 0:
             left = 'its checkpoint is as it was, go on with --resume=True' if self.is_resumed else 'nothing was saved'
             raise SystemExit(f'{name} stopped this run before its first step: {left}')
-        raise SystemExit(f'{name} stopped this run: saved at step {step}, go on with --resume=True')
+        raise SystemExit(f'{name} stopped this run: saved at step {self.step}, go on with --resume=True')
 
 
 # what a resumed run may change: the machine it runs on, where its files are, and the bars of its gates
@@ -141,7 +144,7 @@ def check_resumable(meta, settings, frozen_sha256, folder):
 
 def check_same_data(meta, data, folder):
     """And on the same data, {name of a part of it: what tells it from another}: the first that differs is named."""
-    for name, had in meta.get('data', {}).items():     # older checkpoints have none
+    for name, had in meta['data'].items():
         if data.get(name) != had:
             raise SystemExit(f'{folder} was trained on other data: {name} was {had}, is {data.get(name, "gone")} now: '
                              'restore it, or train anew')
@@ -156,8 +159,8 @@ def check_same_parts(meta, stage, model, settings, frozen_sha256, folder):
             had[name] = meta['settings'].get(name)
             here[name] = settings[name]
     for name, value in here.items():
-        if had.get(name, False) != value:              # False: older runs have no learned_edges
-            raise SystemExit(f'init_from: {folder} has {name} = {had.get(name)!r}, this run has {value!r}')
+        if had[name] != value:
+            raise SystemExit(f'init_from: {folder} has {name} = {had[name]!r}, this run has {value!r}')
     if meta['frozen_sha256'] != frozen_sha256:
         raise SystemExit(f'init_from: {folder} was trained on other frozen weights (sha256 '
                          f'{meta["frozen_sha256"][:12]}, this run has {frozen_sha256[:12]}), or in another dtype')
@@ -359,14 +362,18 @@ def frozen_sha256(model, trainable):
 # around a training step
 
 
+N_WARMUP = 2                                           # first steps, which are slower
+N_MEASURED = 5
+
+
 def measure_epoch(steps, forward_backward, optimizer, epoch_minutes, global_batch_size, evaluate, eval_every,
                   eval_time_share):
     """(how many samples an epoch of epoch_minutes holds, in whole steps; after how many steps an evaluation comes), by
     the time of real steps, their data waited for, and of an evaluation, one of which stands at the start; the slowest
     rank's.
 
-    steps: an iterator over the batches of seven steps, of which the first two warm up. eval_every: 0 for as often as
-    evaluations take eval_time_share of the time.
+    steps: an iterator over the batches of N_WARMUP + N_MEASURED steps. evaluate: what the loop does at the first step,
+    evaluate(at_end=False). eval_every: 0 for as often as evaluations take eval_time_share of the time.
     """
     seconds = []
     start = time.perf_counter()
@@ -377,9 +384,9 @@ def measure_epoch(steps, forward_backward, optimizer, epoch_minutes, global_batc
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - start)
         start = time.perf_counter()
-    evaluate()
+    evaluate(at_end=False)
     evaluation = max(all_gather(time.perf_counter() - start))
-    step = max(all_gather(float(np.median(seconds[2:]))))      # every rank must come to the same number
+    step = max(all_gather(float(np.median(seconds[N_WARMUP:]))))      # every rank must come to the same number
     eval_every = eval_every or max(1, math.ceil(evaluation * (1 - eval_time_share) / (eval_time_share * step)))
     n_steps = (epoch_minutes * 60 - evaluation) / (step + evaluation / eval_every)
     return max(1, int(n_steps)) * global_batch_size, eval_every        # one step at least
@@ -389,7 +396,7 @@ def grad_norms(trainable, groups):
     """The gradient norm of each group of parameters. groups: {name for the log: prefix of names}."""
     norms = {}
     for group, prefix in groups.items():
-        whole, shards = in_two([p for name, p in trainable.items() if name.startswith(prefix)])
+        whole, shards = whole_and_sharded([p for name, p in trainable.items() if name.startswith(prefix)])
         square = square_of([p.grad for p in whole if p.grad is not None])
         if shards:                                     # each rank has its own part
             square += all_sum(square_of([p.grad.to_local() for p in shards if p.grad is not None]))
@@ -397,7 +404,7 @@ def grad_norms(trainable, groups):
     return norms
 
 
-def in_two(parameters):
+def whole_and_sharded(parameters):
     """(those that are whole on every rank, those that are in shards)."""
     whole = [p for p in parameters if not isinstance(p, DTensor)]
     return whole, [p for p in parameters if isinstance(p, DTensor)]
@@ -405,14 +412,14 @@ def in_two(parameters):
 
 def square_of(gradients):
     """The square of the norm of these gradients together."""
-    rows = [torch.linalg.vector_norm(gradient, dim=-1).flatten() for gradient in gradients]    # float32: a row is short
-    # float32 sums of millions lose digits
+    # a row's norm in float32, which is exact enough; the sum over millions of rows in float64
+    rows = [torch.linalg.vector_norm(gradient, dim=-1).flatten() for gradient in gradients]
     return torch.cat(rows).double().square().sum().item() if rows else 0.0
 
 
 def clip_gradients(trainable, grad_norm, grad_clip):
     """Scale all gradients so that their norm, which is grad_norm, is at most grad_clip."""
-    for parameters in in_two(trainable.values()):      # torch multiplies lists of one kind
+    for parameters in whole_and_sharded(trainable.values()):      # torch multiplies lists of one kind
         torch.nn.utils.clip_grads_with_norm_(parameters, grad_clip, torch.tensor(grad_norm, dtype=torch.float64))
 
 

@@ -79,10 +79,12 @@ def test_a_signal_is_noted_and_a_second_ctrl_c_ends_at_once(handlers):
     assert not stop
     os.kill(os.getpid(), signal.SIGTERM)
     assert stop
-    stop.leave_evaluation = lambda: stop.leave(5, saved=True)
+    stop.save = lambda state: stop.saved(step=5)
     assert 'saved at step 5, go on with --resume=True' in refusal(list, rank_parts('ab', 1, 0, 1))
-    assert refusal(stop.leave, 7, True) == 'SIGTERM stopped this run: saved at step 7, go on with --resume=True'
-    assert refusal(stop.leave, 0, False) == 'SIGTERM stopped this run before its first step: nothing was saved'
+    stop.saved(step=7)
+    assert refusal(stop.leave) == 'SIGTERM stopped this run: saved at step 7, go on with --resume=True'
+    stop.saved(step=0)                                 # where no checkpoint is written
+    assert refusal(stop.leave) == 'SIGTERM stopped this run before its first step: nothing was saved'
     stop = StopSignal()
     assert not stop
     os.kill(os.getpid(), signal.SIGINT)
@@ -102,7 +104,8 @@ def stopped_on_rank_1(rank):
     before = bool(stop)
     if rank == 1:
         os.kill(os.getpid(), signal.SIGTERM)
-    return before, bool(stop), refusal(stop.leave, 7, True).split(':')[0]
+    stop.saved(step=7)
+    return before, bool(stop), refusal(stop.leave).split(':')[0]
 
 
 def test_a_signal_on_one_rank_stops_them_all():
@@ -138,7 +141,7 @@ def saves_with_a_clock(rank):
         if stop.save_is_due:
             due.append(step)
             clock.now += 5 + rank                      # what it takes, by each one's clock
-            stop.saved()
+            stop.saved(step)
         clock.now += 30
     return due
 
@@ -313,7 +316,7 @@ def test_an_epoch_is_what_fits_in_its_minutes_at_the_median_time_of_a_step(monke
                 clock.now += wait
                 yield seconds
 
-        def evaluate():
+        def evaluate(at_end):
             clock.now += evaluation
         return measure_epoch(waited_for(), forward_backward, optimizer, minutes, global_batch_size, evaluate=evaluate,
                              eval_every=10, eval_time_share=0.05)[0]
@@ -341,7 +344,7 @@ def test_evaluations_come_as_often_as_their_share_of_the_time_allows(evaluation,
         clock.now += seconds
 
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))])
-    measured = measure_epoch([0.5] * 7, pass_time, optimizer, 60.0, 8, evaluate=lambda: pass_time(evaluation),
+    measured = measure_epoch([0.5] * 7, pass_time, optimizer, 60.0, 8, evaluate=lambda at_end: pass_time(evaluation),
                              eval_every=given, eval_time_share=0.05)
     assert measured == (8 * n_steps, eval_every)
 
