@@ -10,6 +10,7 @@ Only attention has to keep the examples apart; there, and only there, they are l
 """
 import inspect
 import re
+import sys
 import warnings
 from contextlib import nullcontext
 from functools import partial
@@ -17,6 +18,7 @@ from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
+from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -36,7 +38,10 @@ from data import padded_layout
 # -----------------------------------------------------------------------------
 # loading what stays frozen
 
-logging.disable_progress_bar()
+bars_are_off = are_progress_bars_disabled()            # as HF_HUB_DISABLE_PROGRESS_BARS in the environment says
+logging.disable_progress_bar()                         # of what is loaded, and of what is downloaded with it, ...
+if sys.stderr.isatty() and not bars_are_off:
+    enable_progress_bars()                             # ... but 16 GB are not downloaded in silence
 logging.set_verbosity_error()                          # its load report lists the text tower; pretrained() is stricter
 warnings.filterwarnings('ignore', '`is_gradient_checkpointing` is deprecated')   # raised inside peft
 

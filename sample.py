@@ -32,7 +32,7 @@ from inference import VisionChat
 from media import BadSample, read_audio, read_image, write_picture, write_sound
 from decoders import lora, tuned_parts
 from model import load_vlm
-from sharding import read_shards
+from sharding import join_shards
 from token_model import load_token_model, read_text, write_codes
 from templates import answer_text
 from tools.export import export_graft, export_token_model, usual_guidance
@@ -89,7 +89,7 @@ if args.export:
 # an export takes place on the CPU, whatever the run was trained on: it multiplies next to nothing
 _, _, device = init_ranks('cpu' if args.export else args.device)
 tensors, meta, used = load_checkpoint(Path(args.run) / 'ckpt', device)
-tensors = read_shards(tensors, used, only='tuned/')
+tensors = join_shards(tensors, used, only='tuned/')
 stage = meta.get('stage')
 settings = meta['settings']
 if stage not in ('a1', 'a2', 'b3', 'b4'):

@@ -104,7 +104,7 @@ def save_with_shards(folder, tensors, meta):
     """common.save_checkpoint on every rank: shards among the tensors, at any depth of dicts, are written by whoever
     holds them."""
     shards = {}
-    tensors = take_shards(tensors, '', shards)
+    tensors = split_off_shards(tensors, '', shards)
     if rank_of()[0] == 0:
         more = partial(write_shards, shards) if shards else None
         save_checkpoint(folder, tensors, meta, more)
@@ -115,10 +115,10 @@ def save_with_shards(folder, tensors, meta):
             raise SystemExit(f'{folder}: cannot write the shards of rank {rank_of()[0]} ({e})')
 
 
-def take_shards(value, path, shards):
+def split_off_shards(value, path, shards):
     """value without the DTensors in it, which go to shards by their path, 'optimizer/state/3/exp_avg'."""
     if isinstance(value, dict):
-        kept = {key: take_shards(part, f'{path}{key}/', shards) for key, part in value.items()}
+        kept = {key: split_off_shards(part, f'{path}{key}/', shards) for key, part in value.items()}
         return {key: part for key, part in kept.items() if part is not None}
     if isinstance(value, DTensor):
         shards[path.removesuffix('/')] = value.detach()
@@ -135,8 +135,8 @@ def write_shards(shards, folder):
         raise OSError(first_line(list(e.failures.values())[0][0]))
 
 
-def read_shards(tensors, folder, places=None, only=''):
-    """The tensors of a checkpoint with those that were written in shards put back where take_shards found them.
+def join_shards(tensors, folder, places=None, only=''):
+    """The tensors of a checkpoint with those that were written in shards put back where split_off_shards found them.
 
     places: {path: a tensor that is in shards, or whole, as what belongs there is to be}, on every rank; without one it
     is whole, on a CPU. only: beginning of the paths that are wanted. Also cuts whole ones whose place is in shards.
@@ -176,7 +176,7 @@ def find(tensors, path):
 
 
 def places_of(tuned, optimizer):
-    """For read_shards: where what is learned and the two moments of AdamW belong. tuned: {name: parameter}."""
+    """For join_shards: where what is learned and the two moments of AdamW belong. tuned: {name: parameter}."""
     places = {f'tuned/{name}': p.detach() for name, p in tuned.items()}
     parameters = [p for group in optimizer.param_groups for p in group['params']]
     for n, p in enumerate(parameters):

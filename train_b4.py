@@ -28,7 +28,7 @@ from configure import configure
 from data import Loader, files_fingerprint, plain_texts
 from grounding import crossed_share, distinct, matching_sets, retrieval, shared_phrases
 from decoders import checkpoint_layers, load_tokenizer, lora, tuned_parts
-from sharding import places_of, read_shards, save_with_shards, shard_layers, step_together
+from sharding import join_shards, places_of, save_with_shards, shard_layers, step_together
 from shards import (
     MixtureSampler, label_counts, load_space, passes_line, require_enough, shards_fingerprint, task_shares,
     text_examples, token_sets, with_prompt)
@@ -270,7 +270,7 @@ if is_resumed:
     space.require(TokenSpace.of_fields(meta['token_space']), used)
     check_same_data(meta, data_seen, used)
     if full_tune:                                      # of which a part is in shards, here or where it was saved
-        tensors = read_shards(tensors, used, places_of(tuned_state(), optimizer))
+        tensors = join_shards(tensors, used, places_of(tuned_state(), optimizer))
     model.load_new_rows_state(tensors['new_rows'], used)
     optimizer.load_state_dict(tensors['optimizer'])
     load_tuned_state(tensors['tuned'])

@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 import common
 from common import all_sum, corruption_of, load_checkpoint, rank_of, reduce_gradients
 from decoders import checkpoint_layers
-from sharding import TensorReader, places_of, read_shards, save_with_shards, shard_layers, step_together
+from sharding import TensorReader, join_shards, places_of, save_with_shards, shard_layers, step_together
 from tools.memory import memory_needed
 from training import clip_gradients, grad_norms, names_with_gradient, parameter_groups
 
@@ -174,7 +174,7 @@ def save_a_step(folder):
 def load_a_step(folder):
     model, _, optimizer = with_optimizer()
     tensors, meta, used = load_checkpoint(folder)
-    tensors = read_shards(tensors, used, places_of(state_of(model, optimizer)['tuned'], optimizer))
+    tensors = join_shards(tensors, used, places_of(state_of(model, optimizer)['tuned'], optimizer))
     optimizer.load_state_dict(tensors['optimizer'])
     with torch.no_grad():
         for name, p in trainable_of(model).items():
@@ -208,7 +208,7 @@ def test_what_some_ranks_have_saved_any_number_reads(n_saved, n_loaded, tmp_path
 def test_a_shard_that_is_damaged_or_gone_is_noticed_and_one_process_reads_a_part(tmp_path):
     [wanted, _] = results_on(2, save_a_step, tmp_path / 'ckpt')
     tensors, _, used = load_checkpoint(tmp_path / 'ckpt')
-    only = read_shards(tensors, used, only='tuned/')
+    only = join_shards(tensors, used, only='tuned/')
     assert_equal(only['tuned'], wanted['tuned'])
     assert 'exp_avg' not in only['optimizer']['state'].get(2, {})
     shard = used / 'shards' / '__1_0.distcp'
