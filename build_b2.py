@@ -216,7 +216,8 @@ def split_modality(modality):
             train.append(n)
             continue
         held_out.append(n)
-        n_usable += n_usable < n_eval and is_usable(n)
+        if n_usable < n_eval and is_usable(n):         # no more are looked at than are wanted
+            n_usable += 1
     if len(golden) < n_golden or n_usable < n_eval or not held_out or not train:
         raise SystemExit(f'{len(numbers)} media files of {modality}: {len(train)} to train on, {n_usable} of {n_eval} '
                          f'to evaluate on and {len(golden)} of {n_golden} golden; add data or change n_eval and '

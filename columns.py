@@ -87,14 +87,14 @@ def open_columns(path):
 def sealed_columns(path):
     """What X.json says, when it and the columns are whole; None when they are not there or any of it has changed."""
     path = Path(path)
-    seal = path.with_suffix('.json')
-    if not path.exists() or not seal.exists():
+    seal_path = path.with_suffix('.json')
+    if not path.exists() or not seal_path.exists():
         return None
     try:
-        said = read_sealed(seal, 'the training script')
+        seal = read_sealed(seal_path, 'the training script')
     except SystemExit:
         return None
-    return said if said.get('columns_sha256') == sha256_file(path) else None
+    return seal if seal.get('columns_sha256') == sha256_file(path) else None
 
 
 # -----------------------------------------------------------------------------

@@ -155,7 +155,7 @@ def in_parts(items, size):
     return [items[i:i + size] for i in range(0, len(items), size)]
 
 
-BETWEEN_BATCHES = []                                   # what every rank calls there; of StopSignal
+BETWEEN_BATCHES = []                                   # what stoppable_parts calls; training.StopSignal fills it
 
 
 def rank_parts(items, size, rank, world_size):
@@ -164,8 +164,10 @@ def rank_parts(items, size, rank, world_size):
 
 
 def stoppable_parts(mine, size, most):
-    """Items in parts. Between two of them a run that was asked to stop ends: on every rank at once, and so each asks
-    equally often. most: as many as any rank has."""
+    """Items in parts. Between two of them a run that was asked to stop ends, on every rank at once.
+
+    most: as many items as any rank has. Every rank asks equally often, or a sum over the ranks in ask() would hang.
+    """
     for first in range(0, most, size):
         for ask in BETWEEN_BATCHES:
             ask()

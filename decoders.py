@@ -390,14 +390,14 @@ def pick(logits, temperature, top_p, generators, top_k=0):
         logits = logits[:, :top_k]
     probabilities = torch.softmax(logits, dim=-1)
     if top_p < 1:
-        before = probabilities.cumsum(-1) - probabilities      # what the likelier ids have together
-        probabilities = probabilities.masked_fill(before >= top_p, 0)   # keeps the smallest set that reaches top_p
-    # one number for each: the first id up to which the probabilities add up to more than it; those of 0 add nothing
-    up_to = probabilities.double().cumsum(-1)                                                   # (B, V)
+        of_likelier = probabilities.cumsum(-1) - probabilities
+        probabilities = probabilities.masked_fill(of_likelier >= top_p, 0)   # keeps the smallest set that reaches top_p
+    # the first id up to which the probabilities add up to more than a drawn number; those of 0 add nothing
+    cumulative = probabilities.double().cumsum(-1)                                              # (B, V)
     draws = [torch.rand(1, dtype=torch.float64, generator=generator) for generator in generators]
-    share = torch.stack(draws).to(up_to.device)                                                 # (B, 1)
-    drawn = torch.searchsorted(up_to, share * up_to[:, -1:], right=True)                        # (B, 1)
-    drawn = drawn.clamp(max=up_to.shape[1] - 1)        # rounded up, a share can be all of it
+    threshold = torch.stack(draws).to(cumulative.device) * cumulative[:, -1:]                   # (B, 1)
+    drawn = torch.searchsorted(cumulative, threshold, right=True)                               # (B, 1)
+    drawn = drawn.clamp(max=cumulative.shape[1] - 1)   # rounded up, a threshold can be all of it
     return (order.gather(1, drawn) if is_cut else drawn)[:, 0]
 
 

@@ -310,6 +310,7 @@ class Pictures:
     def held_out(self):
         """The numbers of all examples that have a picture of a chosen one, or one that cannot be read."""
         held_out = set(self.taken)
+        # equal bytes have equal sizes: only pictures of the size of a chosen one are hashed
         sizes = self.sizes[np.isin(self.examples_of, list(self.taken))]
         for i in np.unique(self.examples_of[np.isin(self.sizes, sizes)]).tolist():
             if self.is_there[i] and self.taken_keys.intersection(self.keys(i)):

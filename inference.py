@@ -58,6 +58,7 @@ def images_before(counts, place):
     while len(found) < counts[place] and other > place - len(counts) + 1:
         other -= 1
         found = [(other, k) for k in range(counts[other])] + found
+    # the nearest ones; repeated, since all others together may have fewer (and none where this one has none)
     return (counts[place] * found)[-counts[place]:]
 
 
@@ -80,6 +81,7 @@ def image_ablation(vlm, loader, examples, batch_size, seed, rank=0, world_size=1
     first = min((place for found in others.values() for place, _ in found), default=0)
     needed = range(first, places[-1] + 1) if places else []   # places, counted from the end below 0
     tokens = {}                                        # {place: (images, N, D)}: each goes through the tower once
+    # most: no rank needs more places than its block and, of the images before it, as many as the most of an example
     for part in stoppable_parts(needed, batch_size, most=len(blocks[0]) + max(counts)):
         found = vlm.image_tokens(loader.images([examples[order[place]] for place in part]).to(device))
         tokens.update(zip(part, found.split([counts[place] for place in part])))

@@ -251,14 +251,9 @@ def id_of(record, n, where):
     return str(id)
 
 
-def read_records(records, read, bad_samples):
-    """[read(record, its unique id, where)] of records, [(where, record)]; those that are wrong go to bad_samples, which
-    says when it is too much."""
-    return list(good_records(records, read, bad_samples))
-
-
 def good_records(records, read, bad_samples):
-    """The same, one after the other."""
+    """read(record, its unique id, where) of records, [(where, record)], one after the other; those that are wrong go to
+    bad_samples, which says when it is too much."""
     unique = UniqueIds()
     for n, (where, record) in enumerate(records):
         id = str(n)
@@ -416,10 +411,6 @@ def text_lines(path):
         yield where, require_text(record['text'], where)
     if is_empty:
         raise SystemExit(f'{path}: holds no text')
-
-
-def read_text_lines(path):
-    return list(text_lines(path))
 
 
 def read_texts(path):

@@ -285,7 +285,10 @@ class VLM(nn.Module):
         eval mode."""
         self.training = mode
         if self.llm is not None:
-            (back_to_shards if mode else make_whole)(self.llm)
+            if mode:
+                back_to_shards(self.llm)
+            else:
+                make_whole(self.llm)
         for part in self.tower, self.connector, self.llm:
             if part is not None:                       # no tower with a feature cache, neither with text alone
                 part.train(mode and any(p.requires_grad for p in part.parameters()))
@@ -387,8 +390,9 @@ def cache_features(folder, tower, paths, read, device, batch_size=64, max_gb=mat
         hexes = [key.tobytes().hex() if key.any() else None for key in keys]
         pictures = {key: path for key, path in zip(hexes, paths) if key}       # each once
         name = f'features-{tower_key(tower, read)}'
-        # at first each rank makes its parts; on machines with disks of their own those of the others are still missing
-        for share in slice(rank, None, world_size), slice(None):
+        mine = slice(rank, None, world_size)
+        everybodys = slice(None)                       # still missing on machines with disks of their own
+        for share in mine, everybodys:
             missing = sorted(pictures.keys() - known_features(folder, name).keys())
             if not max(all_gather(len(missing))):      # and so nobody writes while another one still looks
                 break

@@ -160,8 +160,8 @@ class Media:
         path_of = np.array(captions.path_of, np.int64)[numbers]
         self.keys, media_of = np.unique(keys[path_of], axis=0, return_inverse=True)             # (files, 33)
         self.order = numbers[np.argsort(media_of, kind='stable')]      # captions, those of a file together
-        self.ends = np.cumsum(np.bincount(media_of.ravel(), minlength=len(self.keys)))
-
+        n_captions = np.bincount(media_of.ravel(), minlength=len(self.keys))    # ravel: numpy 2.0 gives (captions, 1)
+        self.ends = np.cumsum(n_captions)
         self.n_captions = len(numbers)
 
     def __len__(self):

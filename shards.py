@@ -20,7 +20,7 @@ from common import barrier, gather_in_order, rank_of, read_sealed, sha256_file, 
 from data import shuffled_index
 from examples import NO_IMAGES, Example
 from lists import (
-    UniqueIds, json_lines, path_inside, read_csv, read_list, read_records, read_text_lines, require_text)
+    UniqueIds, good_records, json_lines, path_inside, read_csv, read_list, require_text, text_lines)
 from media import BadSample
 from templates import ChatTemplate
 from uti import TASKS, TokenSpace, tokenizer_sha256
@@ -44,7 +44,7 @@ def read_manifest(path, bad_samples):
     def read(record, id, where):
         return read_manifest_record(record, id, where, root=Path(path).parent)
 
-    return read_records(json_lines(read_list(path, 'manifest'), path), read, bad_samples)
+    return list(good_records(json_lines(read_list(path, 'manifest'), path), read, bad_samples))
 
 
 def read_manifest_record(record, id, where, root):
@@ -549,7 +549,7 @@ def require_enough(train_sets, eval_sets, golden_sets, shards_dir, n_eval=8, n_g
 def text_examples(path, tokenizer, max_seq_len, n=None):
     """[Example] of the first n texts of a file."""
     template = ChatTemplate(tokenizer, 0, max_seq_len)
-    return [template.text(text, where) for where, text in read_text_lines(path)[:n]]
+    return [template.text(text, where) for where, text in list(text_lines(path))[:n]]
 
 
 # -----------------------------------------------------------------------------
@@ -570,7 +570,7 @@ def task_shares(weights, grammar):
 class MixtureSampler:
     """Which examples a global step has, when they come from several tasks in shares that may change with the step.
 
-    sets: {task: [Example]}; shares_at(progress) -> {task: share}, which sum to 1; progress: from 0, at the first step,
+    sets: {task: [Example]}; shares_at(done) -> {task: share}, which sum to 1; done: from 0, at the first step,
     towards 1, after the last of n_steps. Rounding errors carry over to the next step: of 0.3 x 4 = 1.2 examples, 1
     comes and 0.2 are owed, then 1 of 1.4, 1 of 1.6, 1 of 1.8, and 2 of 2.0. Each task has an order of its own, new each
     time it has been through. The share prompt_dropout of the examples of writing tasks comes without its prompt, others

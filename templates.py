@@ -250,12 +250,12 @@ class ChatTemplate:
         if len(ids) <= n:                              # as nearly all: hundreds of thousands are made at a first start
             return Example(item, np.array(ids, np.int32), label_positions, image_starts, truncated=False)
         block_starts = image_starts - self.image_offset
-        n_over = block_starts[:1] + len(self.image_block) - n          # above 0, the first block does not fit
-        if (n_over > 0).any() and not (label_positions < image_starts[0]).any():
-            n_over = n_over.item()
-            ids = ids[:block_starts[0] - n_over] + ids[block_starts[0]:]
+        overflow = block_starts[:1] + len(self.image_block) - n        # of the first block, above 0 where it is cut
+        if (overflow > 0).any() and not (label_positions < image_starts[0]).any():
+            overflow = overflow.item()
+            ids = ids[:block_starts[0] - overflow] + ids[block_starts[0]:]
             for positions in label_positions, image_starts, block_starts:
-                positions -= n_over
+                positions -= overflow
         fits = block_starts + len(self.image_block) <= n
         if not fits.all():
             n = block_starts[~fits][0]

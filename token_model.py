@@ -78,7 +78,10 @@ class TokenModel(nn.Module):
 
     def train(self, mode=True):
         """A language model with nothing to learn stays in eval mode. Weights in shards are whole in eval mode."""
-        (back_to_shards if mode else make_whole)(self.llm)
+        if mode:
+            back_to_shards(self.llm)
+        else:
+            make_whole(self.llm)
         self.training = mode                           # LoRA's dropout, or layers tuned whole
         self.llm.train(mode and any(p.requires_grad for p in self.llm.parameters()))
         return self

@@ -32,7 +32,7 @@ from data import (
 from examples import Chosen, prepare
 from grounding import distinct, matching_sets, share_removed, shared_phrases
 from inference import ablation_means, caption_keys, crossed_losses, image_ablation, write_predictions
-from lists import read_text_lines
+from lists import text_lines
 from media import BadSamples, contact_sheet
 from decoders import checkpoint_layers, load_tokenizer, lora
 from model import cache_features, image_reading, image_settings, load_vlm
@@ -160,12 +160,13 @@ barrier()
 train_set, eval_set, golden_set, edges = load_split(examples, out / 'split.json', n_eval)
 n_images = [len(example.image_starts) for example in eval_set]
 matching = matching_sets(caption_keys(eval_set), n_retrieval, seed, kinds=n_images)
-text_set = [template.text(text, where) for where, text in read_text_lines(text_jsonl)[:n_text]]
+text_set = [template.text(text, where) for where, text in list(text_lines(text_jsonl))[:n_text]]
 if replay_jsonl:
     replay = prepare('text', replay_jsonl, template, bad_samples, rank=rank)
     _, n_cut, _ = replay.label_counts()
     if rank == 0 and n_cut:                            # no fault: what is left of them is text as well
         print(f'{n_cut} of {len(replay)} texts to replay are cut at max_seq_len = {max_seq_len}')
+    # so many that they are replay_share of the whole, drawn with replacement
     n_replay = round(replay_share / (1 - replay_share) * len(train_set))
     train_set += Chosen((replay, np.random.default_rng(seed).integers(len(replay), size=n_replay)))
 label_gates = gates.label_gates(*examples.label_counts(), gate_truncated)

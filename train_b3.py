@@ -128,7 +128,8 @@ gates.require_passed(shards_dir, allow_failed_gates)
 tokenizer = load_tokenizer(llm)
 space = load_space(shards_dir, tokenizer, llm)
 grammar = Grammar(space)
-tasks = list(task_shares(task_weights, grammar))
+shares = task_shares(task_weights, grammar)
+tasks = list(shares)
 train_sets = token_sets(shards_dir, 'train', tasks, grammar=grammar, max_seq_len=max_seq_len)
 eval_sets = token_sets(shards_dir, 'eval', tasks, grammar=grammar, max_seq_len=max_seq_len, n=n_eval)
 golden_sets = token_sets(shards_dir, 'golden', tasks, grammar=grammar, max_seq_len=max_seq_len, n=n_golden)
@@ -143,9 +144,9 @@ data_seen = on_rank_0(shards_fingerprint, shards_dir)   # a resume has to see th
 data_seen |= on_rank_0(files_fingerprint, text_jsonl=text_jsonl)
 
 
-def shares_at(progress):
+def shares_at(done):
     """{task: share of the examples} at a point of the training from 0 to 1: always the same."""
-    return task_shares(task_weights, grammar)
+    return shares
 
 
 def mixture(n_steps):
@@ -421,8 +422,7 @@ if rank == 0:
     verdicts.append(gates.exactly('optimizer state beyond the new rows', len(beyond), 0))
     verdicts += gates.training_gates({'new_in', 'new_out'}, trainable, with_gradient, before=frozen_before,
                                      after=frozen_sha256(model, trainable))
-    # the verdict first, which a disk that is full of weights would cost; the gate on the export has failed until it is
-    # measured
+    # the verdict is written first, with a failed gate on the export, in case the disk fills up
     name = 'exported logits, largest difference in a stock load'
     record = {'worth': worth, 'losses': means, 'ablations': measured, 'bytes': training_bytes(model, optimizer)}
     gates.write_gates(out, [*verdicts, gates.exactly(name, math.nan, 0)], **record)

@@ -182,10 +182,10 @@ data_seen = on_rank_0(shards_fingerprint, shards_dir)   # a resume has to see th
 data_seen |= on_rank_0(files_fingerprint, text_jsonl=text_jsonl, replay_jsonl=replay_jsonl)
 
 
-def shares_at(progress):
+def shares_at(done):
     """{task: share of the examples} at a point of the training from 0 to 1: a straight line from shares_start to
     shares_end over the ramp; replayed text has the same share all along."""
-    ramp = min(1.0, progress / ramp_frac) if ramp_frac else 1.0
+    ramp = min(1.0, done / ramp_frac) if ramp_frac else 1.0
     text_share = replay_share if replay_jsonl else 0.0
     shares = {'text': text_share}
     for task in tasks:

@@ -21,8 +21,18 @@ BYE = b'.'
 
 
 class Watch:
-    """Notes what this rank waits in, a collective or the store. A thread looks at the note and ends the process when it
-    is too old."""
+    """Notes since when this rank waits, in a collective or in the store. Threads end the process when that is too long
+    ago (look), or when another rank has ended (hear), which is told by connections between rank 0 and every other one
+    (follow).
+
+    In the store, by which all of them speak with each other:
+
+    door          where rank 0 takes the connections, and a word that tells a rank from a stranger
+    here/RANK     how many meetings in the store the rank has come to
+    sign/RANK     a number that rises once in a second, a sign of life
+    waiting/RANK  the number of a wait, where it has taken a second
+    ended         the rank that was the last to end before its good-bye
+    """
     def __init__(self):
         self.minutes = DAY                             # while data is prepared: rank 0 may have every picture to read
         self.n_waits = 0                               # begun so far: as many on every rank that waits in this one
@@ -64,8 +74,8 @@ class Watch:
             line, _ = server.accept()
             line.settimeout(60)
             with suppress(OSError, ValueError):        # a stranger
-                said, rank = line.recv(len(word) + 9, socket.MSG_WAITALL).decode().split()
-                if said == word:
+                sent, rank = line.recv(len(word) + 9, socket.MSG_WAITALL).decode().split()
+                if sent == word:
                     self.follow(line, int(rank), store)
 
     def follow(self, line, rank, store):
@@ -133,7 +143,7 @@ class Watch:
                     self.since = min(heard, began + 60 * DAY)
 
     def look(self, store):
-        told = n_signs = 0
+        announced = n_signs = 0
         while dist.is_initialized():
             time.sleep(min(1.0, 6 * self.minutes))     # a tenth of the time at most
             n_signs += 1
@@ -141,11 +151,11 @@ class Watch:
             since = self.since
             with suppress(RuntimeError):               # rank 0 has ended, and the store with it
                 store.set(f'sign/{self.rank}', str(n_signs))
-                if since is not None and n != told:    # this one takes long enough for the others to hear of it
+                if since is not None and n != announced:   # it takes long enough for the others to hear of it
                     store.set(f'waiting/{self.rank}', str(n))
-                    told = n
+                    announced = n
             if since is not None and time.monotonic() - since > 60 * self.minutes:
-                time.sleep(1)                          # one that has just come has not told yet
+                time.sleep(1)                          # one that has just come has not announced it yet
                 if self.since != since:
                     continue
                 silent = ', '.join(map(str, silent_ranks(store, n)))
@@ -192,7 +202,7 @@ def leave(words):
 
 
 def silent_ranks(store, n):
-    """The ranks that have not told that they wait in collective n."""
+    """The ranks that have not announced that they wait in wait number n."""
     found = []
 
     def ask():

@@ -17,7 +17,7 @@ from columns import sealed_columns
 from templates import ChatTemplate
 from data import ShuffledSampler, choose_split, load_split
 from examples import Chosen, Examples, media_sha256, prepare, require_media_file
-from lists import Root, json_values, read_llava, read_text_lines
+from lists import Root, json_values, read_llava, text_lines
 from media import BadSample, BadSamples
 
 TYPED = '<|image_pad|> <|im_end|>\n<|im_start|>'
@@ -68,7 +68,7 @@ def listed(tmp_path):
 def one_by_one(listed, template, kind):
     """What the template makes of each sample alone."""
     if kind == 'text':
-        return [template.text(text, where) for where, text in read_text_lines(listed.path)]
+        return [template.text(text, where) for where, text in text_lines(listed.path)]
     bad_samples = BadSamples('', 0, active=False)
     items = read_llava(listed.path, listed.root, bad_samples, captions=kind == 'caption', max_images=2)
     return [getattr(template, kind)(item) for item in items]
@@ -104,7 +104,7 @@ def test_prepared_examples_are_those_of_the_template(listed, template, kind, rec
 
 def test_texts_encoded_together_have_the_ids_that_each_has_alone(tiny, template):
     """Those of a whole corpus."""
-    texts = [text for _, text in read_text_lines(tiny / 'text' / 'eval.jsonl')][:300]
+    texts = [text for _, text in text_lines(tiny / 'text' / 'eval.jsonl')][:300]
     together = template.tokenizer(texts, add_special_tokens=False, split_special_tokens=True)['input_ids']
     assert together == [template.encode(text) for text in texts]
 

@@ -180,7 +180,7 @@ def split_too_few(folder):
 
 def read_text(folder, text):
     (folder / 'text.jsonl').write_text(json.dumps({'text': text}))
-    [(where, text)] = lists.read_text_lines(folder / 'text.jsonl')
+    [(where, text)] = lists.text_lines(folder / 'text.jsonl')
     ChatTemplate(test_data.Letters(), 2, 64).text(text, where)
 
 
