@@ -1,6 +1,8 @@
 # Real pictures to a real language model: emoji of five artists, captioned by SmolLM2-135M, on two CPU cores.
 # $ python train_a1.py configs/a1_emoji.py
 # $ python train_a1.py configs/a1_emoji.py --llm=FOLDER    # where no hub can be reached
+# 42 CPU minutes (AMD EPYC, Zen 5). 18 gates passed: 0.65 of the loss removed, the picture found among 32 in 0.69.
+# The noun is right in 23 % of pictures by an artist who was held out (docs/results.md).
 data_json = 'data/emoji/captions.json'     # of python -m emoji.pictures
 image_root = 'data/emoji'
 llm = 'HuggingFaceTB/SmolLM2-135M-Instruct'
