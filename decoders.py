@@ -370,6 +370,15 @@ def lora(llm, r, alpha, dropout, targets):
     return adapter
 
 
+def with_lora(llm, settings, state):
+    """The LoRA of a run, put into a language model in its place. settings: the run's; state: its tensors by PEFT's
+    names. Returns PEFT's wrapper."""
+    from peft import set_peft_model_state_dict
+    adapter = lora(llm, settings['lora_r'], settings['lora_alpha'], settings['lora_dropout'], settings['lora_targets'])
+    set_peft_model_state_dict(adapter, state)
+    return adapter
+
+
 # -----------------------------------------------------------------------------
 # generation from embeddings
 

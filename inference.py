@@ -13,10 +13,10 @@ from common import (
     all_gather, all_sum, barrier, gather_in_order, in_parts, rank_parts, sha256_file, stoppable_parts, write_atomic)
 from templates import ChatTemplate, answer_text
 from data import answer_starts, collate, length_buckets
-from decoders import generate, load_tokenizer
+from decoders import generate, load_tokenizer, with_lora
 from grounding import Prediction, retrieval, share_removed
 from lists import Item, place_images
-from model import image_reading, image_settings
+from model import image_reading, image_settings, load_vlm
 
 # -----------------------------------------------------------------------------
 # the image ablation: what is the right image worth?
@@ -235,6 +235,15 @@ def write_predictions(path, vlm, loader, template, examples, batch_size, max_new
 
 # -----------------------------------------------------------------------------
 # the model in use
+
+
+def load_graft(tensors, meta, dtype, device='cpu'):
+    """(VLM, PEFT's wrapper of its LLM or None) of an A1 or A2 run. tensors, meta: of load_checkpoint."""
+    vlm = load_vlm(**meta['model'], dtype=dtype, device=device)
+    vlm.connector.load_state_dict(tensors['connector'])
+    if meta['stage'] == 'a1':
+        return vlm, None
+    return vlm, with_lora(vlm.llm, meta['settings'], tensors['lora'])
 
 
 class VisionChat:

@@ -23,15 +23,13 @@ import math
 import sys
 from pathlib import Path
 
-from peft import set_peft_model_state_dict
 from PIL import Image
 
 from common import frozen_dtype, init_ranks, load_checkpoint, one_line_io_errors, require_vacant
 from lists import text_is_unicode
-from inference import VisionChat
+from inference import VisionChat, load_graft
 from media import BadSample, read_audio, read_image, write_picture, write_sound
-from decoders import lora, tuned_parts
-from model import load_vlm
+from decoders import tuned_parts, with_lora
 from sharding import join_shards
 from token_model import load_token_model, read_text, write_codes
 from templates import answer_text
@@ -125,13 +123,6 @@ text_temperature = 0.0 if args.temperature is None else args.temperature   # 0 i
 seeds = list(range(args.seed, args.seed + args.n))
 
 
-def with_lora(llm, state):
-    """The LoRA of this run, put into a language model in its place."""
-    adapter = lora(llm, settings['lora_r'], settings['lora_alpha'], settings['lora_dropout'], settings['lora_targets'])
-    set_peft_model_state_dict(adapter, state)
-    return adapter
-
-
 def say(line):
     """Print a line. What the terminal cannot show, as bytes in a file's name that are no text, is escaped."""
     encoding = sys.stdout.encoding or 'utf-8'
@@ -168,7 +159,7 @@ def load_track_b():
     model.load_new_rows_state(tensors['new_rows'], args.run)
     adapter = None
     if stage == 'b4' and not settings['full_tune']:
-        adapter = with_lora(model.llm, tensors['tuned'])
+        adapter = with_lora(model.llm, settings, tensors['tuned'])
     elif stage == 'b4':
         # as in training: the layers are in float32, and not frozen, which is what an export goes by
         for part in tuned_parts(model.llm).values():
@@ -222,15 +213,6 @@ def generate(kind, k, text):
 # Track A
 
 
-def load_track_a():
-    """(VLM, the peft model around its LLM or None)."""
-    vlm = load_vlm(**meta['model'], dtype=dtype, device=device)
-    vlm.connector.load_state_dict(tensors['connector'])
-    if stage == 'a1':
-        return vlm, None
-    return vlm, with_lora(vlm.llm, tensors['lora'])
-
-
 def reply(image, turns, seed):
     """The model's text about image tokens. turns: [(question, answer), ..., (question, None)]; None for a caption."""
     return chat.reply(image, turns, max_new_tokens=args.max_new_tokens, temperature=text_temperature,
@@ -272,7 +254,7 @@ if args.export:
         model, adapter = load_track_b()
         verdict = export_token_model(model, adapter, args.export, args.run, meta)
     else:
-        vlm, adapter = load_track_a()
+        vlm, adapter = load_graft(tensors, meta, dtype, device)
         verdict = export_graft(vlm, adapter, args.export, args.run, meta)
     say(f'{args.export}: {verdict}; see README.md in it')
     sys.exit(0)
@@ -290,7 +272,7 @@ if track_b:
         generate('audio', k, text)
     sys.exit(0)
 
-vlm, _ = load_track_a()
+vlm, _ = load_graft(tensors, meta, dtype, device)
 chat = VisionChat(vlm, meta['model']['llm'], meta['model']['vision'], settings['max_seq_len'],
                   settings.get('think_block', False), settings.get('max_images', 1))
 if stage == 'a1':

@@ -23,7 +23,7 @@ from transformers import JanusVQVAE, JanusVQVAEConfig
 
 from codec import PatchBook, load_audio_codec, load_image_codec, log_mel, log_mel_distance, psnr, si_snr, ssim
 from common import progress
-from emoji.pictures import PIXELS, ROOT
+from emoji.pictures import PIXELS, ROOT, read_list
 from emoji.speech import FRAME, RATE, SECONDS, SPEEDS, VOICES
 from media import read_audio, read_image
 from small.codecs import k_means, linear_encodec, random_points
@@ -42,7 +42,7 @@ def read_pictures(records):
 def make_image_codec(folder, n_codes=1024, n_plain=16, patch=8, seed=1):
     """Patches of every third picture; those of one colour have n_plain codes of their own, as in the small world."""
     generator = torch.Generator().manual_seed(seed)
-    pictures = read_pictures(json.loads((ROOT / 'captions.json').read_text())[::3])
+    pictures = read_pictures(read_list('captions')[::3])
     patches = F.unfold(pictures.float(), patch, stride=patch).transpose(1, 2).flatten(0, 1)    # (B P, 3 patch^2)
     is_plain = patches.std(1) < 3                      # of 255: all channels alike, so white, gray and black
     drawn = random_points(patches[~is_plain], 60_000, generator)
@@ -101,7 +101,7 @@ def make_janus(folder, n_steps=6000, batch=8, n_codes=1024, learning_rate=1e-3, 
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
     rng = np.random.default_rng(seed)
-    pictures = read_pictures(json.loads((ROOT / 'captions.json').read_text()))
+    pictures = read_pictures(read_list('captions'))
     model = tiny_janus(n_codes)
     with_codes = n_steps // 5
 
@@ -130,7 +130,7 @@ def write_image_report(folder):
     codec = load_image_codec(folder)
     report = {}
     for name in 'eval_known', 'eval_new':
-        pictures = read_pictures(json.loads((ROOT / f'{name}.json').read_text()))
+        pictures = read_pictures(read_list(name))
         codes = codec.encode(pictures)
         original = pictures.permute(0, 2, 3, 1).numpy()
         decoded = codec.decode(codes).permute(0, 2, 3, 1).numpy()
@@ -173,7 +173,7 @@ def make_audio_codec(folder, n_codes=512, n_codebooks=2, filters=20, seed=1):
 
 def audio_report(folder):
     """Of the names that nobody learns, by one voice: distances of what is decoded, and how often it is still the
-    nearest to what was said, of all these names."""
+    nearest to what was spoken, of all these names."""
     codec = load_audio_codec(folder, clip_seconds=SECONDS)
     texts, clips = read_speech('new.jsonl')
     clips = clips[[id.endswith(f'-{VOICES[0]}-{SPEEDS[0]}') for id in texts]]

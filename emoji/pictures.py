@@ -24,6 +24,7 @@ import json
 import random
 import re
 import tarfile
+import zlib
 from collections import defaultdict
 from pathlib import Path
 from typing import NamedTuple
@@ -31,7 +32,7 @@ from typing import NamedTuple
 from PIL import Image
 from pydoc_data.topics import topics
 
-from common import write_atomic
+from common import first_line, write_atomic
 
 ROOT = Path(__file__).resolve().parent.parent / 'data' / 'emoji'
 PIXELS = 64
@@ -77,7 +78,7 @@ def read_things(records):
     return things
 
 
-# families of all makings, the hours of a clock, and people told apart by hair and by where they look
+# families of all makings, the hours of a clock, and people who differ by hair and by where they look
 ENDLESS = re.compile(r"family|kiss:|couple with heart|.*o'clock|.*-thirty|.*: .*hair|.*facing right|.*: bald")
 
 
@@ -98,7 +99,8 @@ def code_of(stem):
 
 def with_article(name):
     """hedgehog -> a hedgehog."""
-    first, last = name.split()[0], head_noun(name).split()[-1]
+    first = name.split()[0]
+    last = head_noun(name)
     if first in PLURALS or last in PLURALS or (last.endswith('s') and not last.endswith(('ss', 'us', 'is'))):
         return name
     return f'{"an" if first[0] in "aeiou" else "a"} {name}'
@@ -116,27 +118,29 @@ def head_noun(name):
 
 
 def read_package(package, pattern):
-    """(code, bytes) of a package's pictures."""
-    folder, _, suffix = pattern.partition('*')
-    with tarfile.open(find_package(package)) as tar:
-        for member in tar:
-            path = Path(member.name)
-            if path.parent == Path('package', folder) and path.suffix == suffix:
-                yield code_of(path.stem), tar.extractfile(member).read()
-
-
-def find_package(package):
+    """(path, bytes) of the files of a package that match the pattern; exits with one line when there are none."""
     path = ROOT / 'packages' / f'{package}.tgz'
+    name, _, version = re.sub(r'^lobehub-', '@lobehub/', package).rpartition('-')
+    get = f'get it with: npm pack {name}@{version} --pack-destination={path.parent}'
     if not path.exists():
-        name = re.sub(r'^lobehub-', '@lobehub/', package)
-        name, _, version = name.rpartition('-')
-        raise SystemExit(f'{path} is missing; get it with: npm pack {name}@{version} --pack-destination={path.parent}')
-    return path
+        raise SystemExit(f'{path} is missing; {get}')
+    n_found = 0
+    try:
+        with tarfile.open(path) as tar:
+            for member in tar:
+                inside = Path(member.name)
+                if inside.match(f'package/{pattern}'):
+                    n_found += 1
+                    yield inside, tar.extractfile(member).read()
+    except (tarfile.TarError, OSError, EOFError, zlib.error) as e:
+        raise SystemExit(f'{path} is damaged ({first_line(e)}); remove it and {get}')
+    if not n_found:
+        raise SystemExit(f'{path} has no {pattern}; remove it and {get}')
 
 
 def as_picture(data, suffix):
     """The bytes of a picture or of a drawing -> RGBA of PIXELS x PIXELS."""
-    if suffix == 'svg':
+    if suffix == '.svg':
         try:
             import resvg_py
         except ImportError:
@@ -152,12 +156,13 @@ def write_pictures(things):
     for name, (_, package, pattern) in SETS.items():
         folder = ROOT / 'pictures' / name
         folder.mkdir(parents=True, exist_ok=True)
-        for code, data in read_package(package, pattern):
+        for inside, data in read_package(package, pattern):
+            code = code_of(inside.stem)
             if code in things:
                 path = folder / f'{code}.png'
                 if not path.exists():
                     encoded = io.BytesIO()
-                    as_picture(data, pattern.rpartition('.')[2]).save(encoded, 'PNG')
+                    as_picture(data, inside.suffix).save(encoded, 'PNG')
                     write_atomic(path, encoded.getvalue())
                 found[code][name] = str(path.relative_to(ROOT))
         print(f'{name}: {sum(name in sets for sets in found.values())} pictures', flush=True)
@@ -168,16 +173,27 @@ def write_pictures(things):
 # lists
 
 
+def read_list(name):
+    """The records of captions, chats, eval_known or eval_new."""
+    path = ROOT / f'{name}.json'
+    if not path.exists():
+        raise SystemExit(f'{path} is missing; python -m emoji.pictures writes it')
+    return json.loads(path.read_text())
+
+
 def hold_out(pictures, rng):
     """(train, known, new): [(code, set)] of the pictures to learn from, and of those to be judged with."""
     codes = sorted(pictures)
-    several = [code for code in codes if len({SETS[name][0] for name in pictures[code]}) > 2]
+    artists_of = {code: sorted({SETS[name][0] for name in pictures[code]}) for code in codes}
+    several = [code for code in codes if len(artists_of[code]) > 2]
     chosen = rng.sample(several, N_KNOWN + N_NEW)
     artist_of = {}
     for code in chosen[:N_KNOWN]:
-        artist_of[code] = rng.choice(sorted({SETS[name][0] for name in pictures[code]}))
+        artist_of[code] = rng.choice(artists_of[code])
     new_codes = set(chosen[N_KNOWN:])
-    train, known, new = [], [], []
+    train = []
+    known = []
+    new = []
     for code in codes:
         for name in pictures[code]:
             if code in new_codes:
@@ -199,7 +215,8 @@ def chat(code, things, rng):
     thing = things[code]
     alike = [other for other in things.values() if other.kind == thing.kind and other != thing]
     other = rng.choice(alike if alike and rng.random() < 0.5 else list(things.values()))
-    name, another = with_article(thing.name), with_article(other.name)
+    name = with_article(thing.name)
+    another = with_article(other.name)
     asked = rng.choice((name, another))
     turns = [
         (rng.choice(('What is this?', 'What do you see?', 'Name what is shown.')), f'{name[0].upper()}{name[1:]}.'),
@@ -254,8 +271,7 @@ def write_texts(n_eval=200, seed=1):
 
 
 if __name__ == '__main__':
-    with tarfile.open(find_package('openmoji-17.0.0')) as tar:
-        records = json.load(tar.extractfile('package/data/openmoji.json'))
-    things = read_things(records)
+    [(_, records)] = read_package('openmoji-17.0.0', 'data/openmoji.json')
+    things = read_things(json.loads(records))
     write_lists(things, write_pictures(things))
     write_texts()

@@ -8,7 +8,7 @@ writes  RUN/emoji/{known,new}.{jsonl,png}: what it says, and a sheet of 64 of th
 $ python -m emoji.score out/a1_emoji
 $ python -m emoji.score out/a2_emoji
 
-named    the whole name is said
+named    the whole name stands in it
 noun     its last word is: of a 'red apple', 'apple'. Beside it, what always saying the commonest one would have
 kind     the first word of its kind is, where captions say it: of a lion, 'animal'. Of A1 only
 image    its picture is found by the loss of its caption among 32; a guess is right in 0.03
@@ -20,42 +20,34 @@ from collections import Counter
 from pathlib import Path
 
 import torch
-from peft import set_peft_model_state_dict
 
 from common import frozen_dtype, load_checkpoint, write_atomic
 from data import Loader, image_reader
-from decoders import load_tokenizer, lora
-from emoji.pictures import ROOT, head_noun, with_article
+from emoji.pictures import ROOT, head_noun, read_list, with_article
 from grounding import input_ranks, matching_sets, recall
-from inference import caption_keys, crossed_losses, write_predictions
+from inference import VisionChat, caption_keys, crossed_losses, load_graft, write_predictions
 from lists import Item
 from media import BadSamples, contact_sheet
-from model import image_reading, image_settings, load_vlm
-from templates import ChatTemplate
 
 QUESTION = 'What is this?'
 N_ON_SHEET = 64
 
 
 def load_run(run):
-    """(stage, VLM, its template, reader of pictures) of an A1 or A2 run."""
+    """(stage, VisionChat) of an A1 or A2 run."""
     tensors, meta, _ = load_checkpoint(Path(run) / 'ckpt', 'cpu')
-    stage, settings = meta['stage'], meta['settings']
+    stage = meta['stage']
+    settings = meta['settings']
     if stage not in ('a1', 'a2'):
         raise SystemExit(f'{run} is a run of stage {stage!r}, wanted a1 or a2')
-    dtype = frozen_dtype(settings['dtype'], torch.device('cpu'))
-    vlm = load_vlm(**meta['model'], dtype=dtype, device='cpu')
-    vlm.connector.load_state_dict(tensors['connector'])
-    if stage == 'a2':
-        adapter = lora(vlm.llm, settings['lora_r'], settings['lora_alpha'], 0.0, settings['lora_targets'])
-        set_peft_model_state_dict(adapter, tensors['lora'])
-    template = ChatTemplate(load_tokenizer(meta['model']['llm']), len(vlm.connector.latents), settings['max_seq_len'])
-    return stage, vlm.eval(), template, image_reading(image_settings(meta['model']['vision']))
+    vlm, _ = load_graft(tensors, meta, frozen_dtype(settings['dtype'], torch.device('cpu')))
+    return stage, VisionChat(vlm, meta['model']['llm'], meta['model']['vision'], settings['max_seq_len'],
+                             settings.get('think_block', False))
 
 
 def read_examples(name, stage, template):
     """({id: thing}, [Example]) of a held-out list: a caption each, or the question what it is."""
-    records = json.loads((ROOT / f'eval_{name}.json').read_text())
+    records = read_list(f'eval_{name}')
     things = {record['id']: record['thing'] for record in records}
     examples = []
     for record in records:
@@ -76,7 +68,7 @@ def says(text, words):
 
 
 def score(things, texts, stage):
-    """{what: share right}. texts: {id: what the model said}."""
+    """{what: share right}. texts: {id: the model's}."""
     right = Counter()
     nouns = Counter(head_noun(thing['name']) for thing in things.values())
     for id, text in texts.items():
@@ -90,18 +82,19 @@ def score(things, texts, stage):
 
 
 def score_run(run):
-    """{'known' and 'new': {what: share right}} of a run; writes what the run said."""
+    """{'known' and 'new': {what: share right}} of a run; writes its texts and sheets."""
     run = Path(run)
-    stage, vlm, template, read = load_run(run)
-    loader = Loader(image_reader(read, None), template.image_length, BadSamples(run / 'emoji' / 'bad.jsonl', 0), 1)
+    stage, chat = load_run(run)
+    template = chat.template
+    loader = Loader(image_reader(chat.read, None), template.image_length, BadSamples(run / 'emoji' / 'bad.jsonl', 0), 1)
     scores = {}
     for name in 'known', 'new':
         things, examples = read_examples(name, stage, template)
         path = run / 'emoji' / f'{name}.jsonl'
-        predictions, _ = write_predictions(path, vlm, loader, template, examples, batch_size=32, max_new_tokens=24)
+        predictions, _ = write_predictions(path, chat.vlm, loader, template, examples, batch_size=32, max_new_tokens=24)
         texts = {example.item.id: prediction.text for example, prediction in zip(examples, predictions)}
         sets = matching_sets(caption_keys(examples), 128, seed=1)
-        crossed = crossed_losses(vlm, loader, examples, sets, batch_size=32)
+        crossed = crossed_losses(chat.vlm, loader, examples, sets, batch_size=32)
         scores[name] = {**score(things, texts, stage), 'image': round(recall(input_ranks(crossed)).value, 3)}
         shown = examples[::max(1, len(examples) // N_ON_SHEET)][:N_ON_SHEET]
         contact_sheet(run / 'emoji' / f'{name}.png', [example.item.images for example in shown],

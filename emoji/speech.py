@@ -16,7 +16,7 @@ import json
 import numpy as np
 
 from common import progress, write_atomic
-from emoji.pictures import ROOT, with_article
+from emoji.pictures import ROOT, read_list, with_article
 from media import resample
 
 RATE = 8000
@@ -25,6 +25,10 @@ SECONDS = 1.3                  # what is longer is left out
 PITCH = 60                     # of espeak-ng's 0 .. 99: 100 Hz
 VOICES = ('en-us', 'en-gb-scotland', 'en-gb-x-rp', 'en-029')
 SPEEDS = (200, 230)            # words a minute
+# numbers of espeak-ng's parameters
+RATE_OF = 1
+PITCH_OF = 3
+MELODY_OF = 4
 
 
 class Speaker:
@@ -55,8 +59,7 @@ class Speaker:
         self.parts.clear()
         if self.library.espeak_SetVoiceByName(voice.encode()) != 0:
             raise SystemExit(f'espeak-ng has no voice {voice!r}: see VOICES')
-        rate, pitch, melody = 1, 3, 4                  # numbers of espeak-ng's parameters
-        for parameter, value in (rate, speed), (pitch, PITCH), (melody, 0):
+        for parameter, value in (RATE_OF, speed), (PITCH_OF, PITCH), (MELODY_OF, 0):
             self.library.espeak_SetParameter(parameter, value, 0)
         spoken = text.encode()
         utf8 = 1
@@ -67,7 +70,7 @@ class Speaker:
 
 def names_of(name):
     """The names in a list of emoji.pictures, each once."""
-    return sorted({record['thing']['name'] for record in json.loads((ROOT / f'{name}.json').read_text())})
+    return sorted({record['thing']['name'] for record in read_list(name)})
 
 
 def write_speech(speaker, names, manifest):

@@ -11,7 +11,6 @@ their tags. Half of the patches are left out at random, which halves a step and 
 
 Letters: B pictures, K names, P patches, D width.
 """
-import json
 import math
 from functools import partial
 
@@ -21,7 +20,7 @@ import torch.nn.functional as F
 from PIL import Image
 from transformers import SiglipConfig, SiglipImageProcessorPil, SiglipModel
 
-from emoji.pictures import PIXELS, ROOT
+from emoji.pictures import PIXELS, ROOT, read_list
 from small.models import descend, make_tokenizer, save_base_model
 
 N_TEXT = 24                    # ids of a name with its tags, at most
@@ -52,20 +51,22 @@ def load_pictures(records):
 
 def on_colour(pictures, colours):
     """RGBA in 0 .. 1, (B, 3) -> (B, 3, ...) over these colours, in -1 .. 1 as SigLIP takes them."""
-    rgb, drawn = pictures[:, :3], pictures[:, 3:]
+    rgb = pictures[:, :3]
+    drawn = pictures[:, 3:]
     return 2 * (rgb * drawn + colours[:, :, None, None] * (1 - drawn)) - 1
 
 
 def varied(pictures, strength):
     """uint8 RGBA -> (B, 3, ...): moved, turned, mirrored, in other colours, on white or on some other colour.
 
-    strength: 1 for as far as a thing can still be told, 0 for as it is on white.
+    strength: 1 for as far as a thing can still be recognised, 0 for as it is on white.
     """
     n = len(pictures)
     about = lambda middle, width, *shape: torch.empty(n, *shape).uniform_(-width, width) * strength + middle
     happens = lambda share, *shape: torch.rand(n, *shape) < share * strength
     pictures = pictures / 255
-    scale, angle = about(1.05, 0.28), about(0, 0.3)            # above 1 it gets smaller
+    scale = about(1.05, 0.28)                          # above 1 it gets smaller
+    angle = about(0, 0.3)                              # radians
     mirror = torch.where(happens(0.5), -1.0, 1.0)
     shift = about(0, 0.2, 2)
     across = torch.stack([scale * mirror * angle.cos(), -scale * angle.sin(), shift[:, 0]], 1)
@@ -94,10 +95,8 @@ def embed(model, pixels, n_kept=None):
 # names
 
 
-def in_words(thing, rng=None):
-    """'hedgehog , animal mammal spiny': a name, its kind and, of its tags, some or none."""
-    if rng is None:
-        return thing['name']
+def in_words(thing, rng):
+    """'hedgehog , animal mammal spiny': a name and, of its kind and its tags, some words or none."""
     words = thing['kind'].split(', ') + list(thing['tags'])
     n = int(rng.integers(0, min(4, len(words)) + 1))
     return ' '.join([thing['name'], ',', *rng.choice(words, n, replace=False)])
@@ -128,7 +127,7 @@ ROUNDS = (3000, 2e-3, 1.0), (1400, 1.2e-3, 0.5)
 def make_tower(rounds=ROUNDS, batch=128, n_others=192, seed=1):
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
-    records = json.loads((ROOT / 'captions.json').read_text())
+    records = read_list('captions')
     things = {record['thing']['name']: record['thing'] for record in records}
     names = sorted(things)
     tokenizer = make_tokenizer([in_words(thing, rng) for thing in things.values() for _ in range(4)], n_ids=1500)
@@ -153,7 +152,7 @@ def make_tower(rounds=ROUNDS, batch=128, n_others=192, seed=1):
     model.eval()
     report = {'pictures': len(records), 'names': len(names)}
     for name in 'eval_known', 'eval_new':
-        held_out = json.loads((ROOT / f'{name}.json').read_text())
+        held_out = read_list(name)
         candidates = sorted({record['thing']['name'] for record in held_out} | set(names))
         report[name] = share_named(model, tokenizer, held_out, candidates)
     processor = SiglipImageProcessorPil(size={'height': PIXELS, 'width': PIXELS})

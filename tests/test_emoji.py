@@ -73,9 +73,8 @@ def packages(tmp_path, monkeypatch):
 
 
 def write_all():
-    with tarfile.open(pictures.find_package('openmoji-17.0.0')) as tar:
-        records = json.load(tar.extractfile('package/data/openmoji.json'))
-    things = pictures.read_things(records)
+    [(_, records)] = pictures.read_package('openmoji-17.0.0', 'data/openmoji.json')
+    things = pictures.read_things(json.loads(records))
     pictures.write_lists(things, pictures.write_pictures(things))
 
 
@@ -113,7 +112,24 @@ def test_a_package_that_is_missing_is_named_with_the_command_that_gets_it(packag
     with pytest.raises(SystemExit, match='get it with: npm pack one@1.0 --pack-destination='):
         write_all()
     with pytest.raises(SystemExit, match='npm pack @lobehub/fluent-emoji-3d@1.1.0'):
-        pictures.find_package('lobehub-fluent-emoji-3d-1.1.0')
+        list(pictures.read_package('lobehub-fluent-emoji-3d-1.1.0', '*.webp'))
+
+
+@pytest.mark.parametrize('break_it', [
+    lambda whole: whole[:len(whole) // 2], lambda whole: b'', lambda whole: b'<html>not found</html>'])
+def test_a_package_that_is_damaged_is_named(packages, break_it):
+    path = packages / 'packages' / 'two-1.0.tgz'
+    path.write_bytes(break_it(path.read_bytes()))
+    with pytest.raises(SystemExit, match='two-1.0.tgz is damaged.*npm pack two@1.0'):
+        write_all()
+
+
+def test_a_package_without_pictures_and_lists_that_were_not_made_are_named(packages):
+    pack(packages / 'packages', 'one-1.0', {'README.md': b'moved'})
+    with pytest.raises(SystemExit, match=r'one-1.0.tgz has no img/\*.png; remove it and get it with'):
+        write_all()
+    with pytest.raises(SystemExit, match='captions.json is missing; python -m emoji.pictures writes it'):
+        tower.make_tower()
 
 
 @pytest.mark.parametrize('name, noun, said', [

@@ -125,7 +125,7 @@ def vision_evaluation(stage, settings, card, ranks, at_end):
     seconds += card.generate(share(n * ANSWERS[stage]), prompt, settings['max_new_tokens'],
                              card.llm['vocab_size'], 4 * settings['micro_batch_size'])
     if stage == 'a2':
-        n_times = 3 if at_end else 1                   # and of the model with and without its adapter
+        n_times = 2 if at_end else 1                   # and of the model without its adapter
         seconds += n_times * share(settings['n_text']) * card.forward(Example(PLAIN_TEXT, PLAIN_TEXT))
     return seconds
 
